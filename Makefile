@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install s3 demo test test-slow check proto bench docs notebooks dist test-dist test-compose test-network test-schedules chaos chaos-goodput interop screenshots
+.PHONY: help install s3 demo test test-slow check proto bench bench-compare docs notebooks dist test-dist test-compose test-network test-schedules chaos chaos-goodput interop screenshots
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -48,6 +48,9 @@ proto: $(STAMP) ## generate common/fedpeft/v1 from protos/
 bench: $(STAMP) ## measure rounds, memory and bytes beside a bare gRPC stream (results in benchmarks/results/)
 	$(BIN)/python benchmarks/run.py --out benchmarks/results
 
+bench-compare: $(STAMP) ## hold what `make bench` measured last against the figures that were kept, and say what got worse
+	$(BIN)/python benchmarks/compare.py benchmarks/results/bench.json
+
 docs: $(STAMP) ## build the documentation's site in build/site, a broken link being an error, and walk every tutorial and worked example
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/pytest -n $(WORKERS) tests/docs/test_tutorials.py tests/docs/test_coming_over.py
@@ -68,8 +71,8 @@ dist: $(STAMP) ## build sdist and wheel in dist/ and check what PyPI would say o
 	$(BIN)/twine check --strict dist/*
 	cd dist && sha256sum *.whl *.tar.gz > SHA256SUMS
 
-test-network: $(STAMP) ## hold a run over TLS between two network namespaces, and one through a proxy (root, iproute2, tshark, tinyproxy)
-	$(BIN)/pytest -n 0 -m slow tests/e2e/test_two_machines.py tests/e2e/test_proxy.py
+test-network: $(STAMP) ## hold runs between two network namespaces: over TLS, through a proxy, on a line of 64 kbit/s (root, iproute2, tshark, tinyproxy)
+	$(BIN)/pytest -n 0 -m slow tests/e2e/test_two_machines.py tests/e2e/test_proxy.py tests/e2e/test_slow_link.py
 
 SCHEDULES ?= 1000
 test-schedules: $(STAMP) ## hold SCHEDULES=1000 federations in simulated time, each with faults of its own, and a death before each effect on a disk

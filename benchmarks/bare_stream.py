@@ -22,6 +22,7 @@ from workload import (
     peak_memory_bytes,
     print_measured,
     process,
+    processor_seconds,
     scratch,
 )
 
@@ -90,10 +91,11 @@ async def transfer(address: str, clients: int, size: int, repeat: int) -> list[d
 
 
 def measure(payload: str, clients: int, repeat: int) -> dict[str, Any]:
-    """Runs server and clients; medians in seconds, the server's peak memory in bytes."""
+    """Runs server and clients; medians in seconds, the server's peak memory in bytes and its processor time a GB."""
     address = free_address()
     with scratch() as folder, process([__file__, "serve", address], address, folder / "bare.log") as pid:
-        numbers = [str(n) for n in (clients, payload_bytes(payload), repeat)]
+        size, before = payload_bytes(payload), processor_seconds(pid)
+        numbers = [str(n) for n in (clients, size, repeat)]
         done = subprocess.run(
             [sys.executable, __file__, "clients", address, *numbers], check=True, capture_output=True, text=True
         )
@@ -102,6 +104,7 @@ def measure(payload: str, clients: int, repeat: int) -> dict[str, Any]:
             "up_s": statistics.median(t["up_s"] for t in times),
             "down_s": statistics.median(t["down_s"] for t in times),
             "all": times,
+            "server_processor_s_per_gb": (processor_seconds(pid) - before) / (2 * size * clients * (repeat + 1) / 1e9),
             "server_peak_bytes": peak_memory_bytes(pid),
         }
 

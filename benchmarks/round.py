@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from workload import HERE, PAYLOADS, Daemon, daemon, payload_bytes, peak_memory_bytes, print_measured, scratch
+from workload import (
+    HERE,
+    PAYLOADS,
+    Daemon,
+    daemon,
+    payload_bytes,
+    peak_memory_bytes,
+    print_measured,
+    processor_seconds,
+    scratch,
+)
 
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.api.operator_client import OperatorClient
@@ -80,13 +90,15 @@ def measure(payload: str, clients: int, repeat: int, warm_up: int = 1, *, tls: b
     """Holds `warm_up + repeat` rounds; medians in seconds over the last `repeat`, memory in bytes.
 
     `round_s` is from the first ticket to the commit; `cycle_s` from commit to commit, the clients' asking included.
+    `server_processor_s_per_gb` is the server's own processor time for each GB of payload, up and down alike.
     """
     spec = synthetic_spec(payload)
     with scratch() as folder, daemon(folder, tls=tls) as server:
         idle = peak_memory_bytes(server.pid)
         run = create(server, spec, clients, warm_up + repeat)
-        created = server.counters(run)
+        created, before = server.counters(run), processor_seconds(server.pid)
         push_all(server, run, spec, clients, folder)
+        worked_s = processor_seconds(server.pid) - before
         moved = {k: v - created[k] for k, v in server.counters(run).items()}
         rounds = rounds_of(server, run)
         if len(rounds) != warm_up + repeat:
@@ -102,6 +114,7 @@ def measure(payload: str, clients: int, repeat: int, warm_up: int = 1, *, tls: b
             "cycle_s": statistics.median(cycles),
             "all_rounds_s": times,
             "server_idle_bytes": idle,
+            "server_processor_s_per_gb": worked_s / ((moved["payload_up"] + moved["payload_down"]) / 1e9),
             "server_peak_bytes": peak_memory_bytes(server.pid),
             "wire_over_payload_up": moved["wire_up"] / moved["payload_up"],
             "wire_over_payload_down": moved["wire_down"] / moved["payload_down"],

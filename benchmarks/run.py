@@ -30,6 +30,7 @@ def interleaved(payload: str, turns: int, repeat: int) -> dict[str, Any]:
         secured.append(one_round.measure(payload, CLIENTS, repeat, tls=True))
     up, down = (statistics.median(b[k] for b in bare) for k in ("up_s", "down_s"))
     seconds = statistics.median(o["round_s"] for o in ours)
+    bare_work, work = (statistics.median(m["server_processor_s_per_gb"] for m in each) for each in (bare, ours))
     over_tls = statistics.median(s["round_s"] for s in secured)
     return {
         "payload_bytes": payload_bytes(payload),
@@ -41,6 +42,9 @@ def interleaved(payload: str, turns: int, repeat: int) -> dict[str, Any]:
         "round_over_bare": seconds / (up + down),
         "round_tls_s": over_tls,
         "tls_over_plain": over_tls / seconds,
+        "bare_processor_s_per_gb": bare_work,
+        "processor_s_per_gb": work,
+        "processor_over_bare": work / bare_work,
         "bare_server_peak_bytes": max(b["server_peak_bytes"] for b in bare),
         "server_peak_bytes": max(o["server_peak_bytes"] for o in ours),
         "wire_over_payload_up": ours[0]["wire_over_payload_up"],
@@ -60,6 +64,8 @@ def show_rounds(results: dict[str, Any]) -> None:
         "round / bare up + down": lambda r: f"{r['round_over_bare']:.2f}",
         "a round over TLS, s": lambda r: f"{r['round_tls_s']:.3f}",
         "TLS / plain text": lambda r: f"{r['tls_over_plain']:.2f}",
+        "server, CPU s / GB": lambda r: f"{r['processor_s_per_gb']:.2f}",
+        "of it / bare": lambda r: f"{r['processor_over_bare']:.2f}",
         "bare server memory, MB": lambda r: f"{r['bare_server_peak_bytes'] / 1e6:.0f}",
         "server memory, MB": lambda r: f"{r['server_peak_bytes'] / 1e6:.0f}",
         "wire / payload up": lambda r: f"{r['wire_over_payload_up']:.4f}",

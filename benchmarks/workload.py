@@ -63,6 +63,12 @@ def peak_memory_bytes(pid: int) -> int:
     return _status_bytes(pid, "VmHWM")
 
 
+def processor_seconds(pid: int) -> float:
+    """The processor time of a process so far, user and system."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def resident_bytes(pid: int) -> int:
     """The resident memory of a process."""
     return _status_bytes(pid, "VmRSS")

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 
@@ -11,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.adapters import payload
-from fedpeft.adapters.payload import CHUNK_BYTES, FIRST_CHUNK_BYTES, Entry, Manifest, chunks
+from fedpeft.adapters.payload import (
+    CHUNK_BYTES,
+    FAST_S,
+    FIRST_CHUNK_BYTES,
+    Entry,
+    Manifest,
+    chunks,
+)
 from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.codecs import BLOCK_ELEMENTS, codecs
 from fedpeft.errors import ManifestInvalid, PayloadInvalid
@@ -162,6 +170,34 @@ def test_chunks_cover_a_transfer_once_and_begin_small(offset: int, length: int) 
     assert [begin for begin, _ in pieces] == list(accumulate([offset, *(size for _, size in pieces)]))[: len(pieces)]
     assert sum(size for _, size in pieces) == length
     assert all(1 <= size <= min(FIRST_CHUNK_BYTES << number, CHUNK_BYTES) for number, (_, size) in enumerate(pieces))
+
+
+class Line:
+    """A line, and the clock beside it."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+        self.sizes: list[int] = []
+
+    def send(self, length: int, seconds: Callable[[int], float]) -> None:
+        """Sends so many bytes, each chunk in as many seconds as are said of its size."""
+        for _, size in chunks(0, length, lambda: self.clock):
+            self.sizes.append(size)
+            self.clock += seconds(size)
+
+
+@given(st.floats(10, 1e9), st.integers(1, 64 * 2**20))
+def test_no_chunk_takes_nearly_as_long_as_a_transfer_may_stand_still(bytes_per_s: float, length: int) -> None:
+    line = Line()
+    line.send(length, lambda size: size / bytes_per_s)
+    largest = max(size for size in line.sizes)
+    assert largest <= max(2 * FAST_S * bytes_per_s, FIRST_CHUNK_BYTES)
+
+
+def test_chunks_follow_the_pace_of_the_line() -> None:
+    took, line = iter([1, 3, 16, 16, 16, 16, 16, 3, 1, 1]), Line()
+    line.send((64 + 128 + 128 + 64 + 32 + 16 + 8 + 8 + 8 + 16) * 1024, lambda size: next(took))
+    assert [size // 1024 for size in line.sizes] == [64, 128, 128, 64, 32, 16, 8, 8, 8, 16]
 
 
 @given(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpeft.adapters.payload import CHUNK_BYTES
+from fedpeft.adapters.payload import CHUNK_BYTES, chunks
 from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.api import operator_client
 from fedpeft.api.operator_client import OperatorClient
@@ -66,7 +66,7 @@ async def test_run_is_created_with_every_chunk_and_without_local_tensors(served:
     assert [t.name for t in header.spec.tensors] == ["a", "b", "c"]
     assert header.backbone_fingerprint == "ab" * 32
     assert run.model_parameters == 1000
-    assert seen == [(0, total), (CHUNK_BYTES, total), (total, total)]
+    assert seen == [(0, total)] + [(offset + length, total) for offset, length in chunks(0, total)]
 
 
 async def test_creation_is_repeated_under_one_request_id(served: Serving) -> None:

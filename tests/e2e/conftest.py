@@ -68,15 +68,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(reached: Callable[[], Any], what: str, pause_s: float = 0.05) -> Any:
+def wait_for(reached: Callable[[], Any], what: str, pause_s: float = 0.05, most_s: float = WAIT_S) -> Any:
     """Waits until `reached` returns something true, and returns it."""
-    until = time.monotonic() + WAIT_S
+    until = time.monotonic() + most_s
     while time.monotonic() < until:
         found = reached()
         if found:
             return found
         time.sleep(pause_s)
-    raise AssertionError(f"waited {WAIT_S:.0f} s for {what}")
+    raise AssertionError(f"waited {most_s:.0f} s for {what}")
 
 
 class Process:

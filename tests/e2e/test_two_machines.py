@@ -3,96 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
 from ..docs.walkthrough import blocks, steps
 from .conftest import RUN_FILE, WAIT_S, wait_for, write_site
+from .machines import Machines, laid
 
-HEAD, SITE = "10.77.0.1", "10.77.0.2"
-"""The page names the first."""
-BIN = Path(sys.executable).parent
 PAGE = Path(__file__).parents[2] / "docs" / "tutorials" / "two-machines.md"
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
-class Machines:
-    """Two namespaces with a wire between them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.head, self.site = f"fedpeft-head-{os.getpid()}", f"fedpeft-site-{os.getpid()}"
-        self.started: list[subprocess.Popen[bytes]] = []
-
-    def lay(self) -> None:
-        for name in (self.head, self.site):
-            ip("netns", "add", name)
-        ip("-n", self.head, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", self.site)
-        for name, address in ((self.head, HEAD), (self.site, SITE)):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "wire")
-            for link in ("lo", "wire"):
-                ip("-n", name, "link", "set", link, "up")
-
-    def clear(self) -> None:
-        for process in self.started:
-            process.kill()
-            process.wait()
-        for name in (self.head, self.site):
-            subprocess.run(["ip", "netns", "del", name], check=False)
-
-    def run(self, machine: str, command: str) -> str:
-        """Runs a line of shell on one of them to its end and returns what it prints."""
-        done = subprocess.run(self._on(machine, command), capture_output=True, text=True, timeout=WAIT_S, **self._where)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
-        return done.stdout
-
-    def start(self, machine: str, log: str, command: str) -> subprocess.Popen[bytes]:
-        """Starts a line of shell that stays."""
-        with (self.folder / log).open("wb") as file:
-            process = subprocess.Popen(
-                self._on(machine, f"exec {command}"), stdout=file, stderr=subprocess.STDOUT, **self._where
-            )
-        self.started.append(process)
-        return process
-
-    @property
-    def _where(self) -> dict[str, Any]:
-        path = f"{BIN}:{os.environ['PATH']}"
-        own = {"PATH": path, "XDG_CONFIG_HOME": str(self.folder / "config"), "OMP_NUM_THREADS": "1"}
-        return {"cwd": self.folder, "env": {**os.environ, **own}}
-
-    def _on(self, machine: str, command: str) -> list[str]:
-        return ["ip", "netns", "exec", machine, "bash", "-c", command]
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[Machines]:
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
-    for program in ("ip", "tshark"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed (Debian: iproute2, tshark)")
-    made = Machines(tmp_path)
-    try:
-        made.lay()
+    with laid(tmp_path, "tshark") as made:
         yield made
-    finally:
-        made.clear()
 
 
 def test_the_tutorials_commands_hold_a_run_over_tls(machines: Machines, tmp_path: Path) -> None:

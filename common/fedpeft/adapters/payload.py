@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,13 @@ CHUNK_BYTES = 1024 * 1024
 """Largest chunk on the wire."""
 
 FIRST_CHUNK_BYTES = 64 * 1024
-"""The first chunk of a transfer; each is twice as large as the one before, up to `CHUNK_BYTES`."""
+"""The first chunk of a transfer."""
+LEAST_CHUNK_BYTES = 8 * 1024
+"""The smallest, but for the last."""
+FAST_S = 2.0
+"""A chunk that leaves in less is followed by one twice as large,"""
+SLOW_S = 15.0
+"""one that takes longer by one half as large: no chunk comes near the time for which a transfer may stand still."""
 
 RESIDENT_BYTES = 4 * 1024 * 1024
 """Bytes of a mapped payload that are read before they are given back."""
@@ -107,18 +114,22 @@ def missing(manifest: Manifest, spec: AdapterSpec, version: int, have: int | Non
     return needed or tuple(range(len(manifest.entries)))
 
 
-def chunks(offset: int, end: int) -> Iterator[tuple[int, int]]:
+def chunks(offset: int, end: int, now: Callable[[], float] = time.monotonic) -> Iterator[tuple[int, int]]:
     """Yields where the chunks of a transfer from byte `offset` to `end` begin, and how many bytes they have.
 
     Large ones pay where the line is fast. But gRPC hands over whole messages, so a chunk is no progress before its
-    last byte: only because the first is small does a slow line move something between two stalls.
+    last byte: on a slow line they stay small, or become so. A chunk takes from when it is yielded until the next one is
+    asked for, by the clock `now`.
     """
     size = FIRST_CHUNK_BYTES
     while offset < end:
-        length = min(size, end - offset)
+        length, began = min(size, end - offset), now()
         yield offset, length
-        offset += length
-        size = min(2 * size, CHUNK_BYTES)
+        offset, took_s = offset + length, now() - began
+        if took_s < FAST_S:
+            size = min(2 * size, CHUNK_BYTES)
+        elif took_s > SLOW_S:
+            size = max(size // 2, LEAST_CHUNK_BYTES)
 
 
 def encode(tensors: Tensors, specs: Sequence[TensorSpec], encoding: str, seed: int = 0) -> tuple[Manifest, bytes]:

@@ -187,7 +187,7 @@ class OperatorClient(AccessCalls):
             request_id=request_id or uuid.uuid4().hex,
             model_parameters=model_parameters,
         )
-        return await self._repeat(lambda: self._upload(header, data, payload.CHUNK_BYTES, progress))
+        return await self._repeat(lambda: self._upload(header, data, payload.chunks(0, len(data)), progress))
 
     async def run(self, run: str) -> tuple[run_pb2.Run, run_pb2.Round | None]:
         """Returns a run and its round in progress, that one without its tickets."""
@@ -331,10 +331,10 @@ class OperatorClient(AccessCalls):
         return header
 
     async def _upload(
-        self, header: pb.CreateRunHeader, data: bytes, chunk_bytes: int, progress: Progress
+        self, header: pb.CreateRunHeader, data: bytes, chunks: Iterator[tuple[int, int]], progress: Progress
     ) -> run_pb2.Run:
         async def messages(patience: asyncio.Timeout) -> AsyncIterator[pb.CreateRunRequest]:
-            for message, done in _messages(header, data, chunk_bytes):
+            for message, done in _messages(header, data, chunks):
                 yield message
                 progress(done, len(data))
                 patience.reschedule(asyncio.get_running_loop().time() + RESPONSE_TIMEOUT_S)
@@ -452,10 +452,11 @@ def for_looking(connect: Connect) -> Connect:
     return made
 
 
-def _messages(header: pb.CreateRunHeader, data: bytes, chunk_bytes: int) -> Iterator[tuple[pb.CreateRunRequest, int]]:
+def _messages(
+    header: pb.CreateRunHeader, data: bytes, chunks: Iterator[tuple[int, int]]
+) -> Iterator[tuple[pb.CreateRunRequest, int]]:
     """Yields the messages of an upload, each with the payload bytes sent once it is."""
     yield pb.CreateRunRequest(header=header), 0
-    for offset in range(0, len(data), chunk_bytes):
-        piece = data[offset : offset + chunk_bytes]
-        chunk = tensor_pb2.Chunk(offset=offset, data=piece)
-        yield pb.CreateRunRequest(chunk=chunk), offset + len(piece)
+    for offset, length in chunks:
+        chunk = tensor_pb2.Chunk(offset=offset, data=data[offset : offset + length])
+        yield pb.CreateRunRequest(chunk=chunk), offset + length

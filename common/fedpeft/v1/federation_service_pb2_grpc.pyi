@@ -145,7 +145,8 @@ class FederationServiceStub:
     The server sends its initial metadata, with the entry `fedpeft-turn` of value `1`, when it is this upload's turn; a
     client waits for them before the first chunk, so that an upload that waits costs neither side memory. That the entry is
     there is what counts, whatever its value. Without it the call has ended already, with an error or with the receipt.
-    A chunk has at most 1 MiB; begin with 64 KiB and double it, for a chunk is no progress before its last byte is there.
+    A chunk has at most 1 MiB; begin with 64 KiB and double it while chunks leave in less than 2 seconds, for a
+    chunk is no progress before its last byte is there.
     Too long a wait ends with TRANSFERS_BUSY. While others wait, an upload that has had 10 seconds
     ends with TURN_OVER, also while nothing comes. A client has one turn: its newer upload, of whatever ticket, ends its
     older one with TURN_OVER at once. Once the client half-closes, the upload ends: before the last byte, with UPLOAD_INCOMPLETE.
@@ -373,7 +374,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         The server sends its initial metadata, with the entry `fedpeft-turn` of value `1`, when it is this upload's turn; a
         client waits for them before the first chunk, so that an upload that waits costs neither side memory. That the entry is
         there is what counts, whatever its value. Without it the call has ended already, with an error or with the receipt.
-        A chunk has at most 1 MiB; begin with 64 KiB and double it, for a chunk is no progress before its last byte is there.
+        A chunk has at most 1 MiB; begin with 64 KiB and double it while chunks leave in less than 2 seconds, for a
+        chunk is no progress before its last byte is there.
         Too long a wait ends with TRANSFERS_BUSY. While others wait, an upload that has had 10 seconds
         ends with TURN_OVER, also while nothing comes. A client has one turn: its newer upload, of whatever ticket, ends its
         older one with TURN_OVER at once. Once the client half-closes, the upload ends: before the last byte, with UPLOAD_INCOMPLETE.

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fedpeft.adapters import payload
-from fedpeft.adapters.payload import CHUNK_BYTES, Manifest
+from fedpeft.adapters.payload import Manifest, chunks
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.errors import (
     BlobCorrupt,
@@ -209,8 +209,8 @@ class Operator(pb_grpc.OperatorServiceServicer):
             digest = bytes.fromhex(row.sha256)
             header = pb.DownloadHeader(version=number, size_bytes=row.size_bytes, sha256=digest)
             yield pb.DownloadAdapterResponse(header=header)
-            for offset in range(request.offset, row.size_bytes, CHUNK_BYTES):
-                data = await self._store.file(file.read, offset, CHUNK_BYTES)
+            for offset, length in chunks(request.offset, row.size_bytes):
+                data = await self._store.file(file.read, offset, length)
                 yield pb.DownloadAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
 
     def _checked(self, key: str, row: VersionRow) -> OpenFile:
