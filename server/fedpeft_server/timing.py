@@ -48,12 +48,15 @@ class Timing:
             for a connection to it,
         database_retry_s: and is tried again after this pause.
         database_lost_s: Longer than any statement of the server takes. After so long PostgreSQL cancels one and ends a
-            transaction in which nothing happens, and a peer that does not answer is given up: a server that hangs
-            holds no lock.
+            transaction that only reads in which nothing happens, and a peer that does not answer is given up.
+        database_idle_s: It ends a transaction that writes in which nothing happens so soon: a daemon that stands still
+            is not to hold up the others.
         daemon_alive_s: Between two words of a daemon to the others on its database that it is there.
         daemon_gone_s: A daemon that was not heard for so long is gone, and nobody waits with it any more.
         notices_gather_s: What is to be told the others within this time is told at once.
         listen_retry_s: Pause before a daemon listens to the others again.
+        lease_s: A daemon that folds the rounds of a run has the right to it for so long after it prolonged that last,
+        lease_look_s: and another that would fold it looks again after this pause.
         revisions_check_s: Between two looks at the revisions of the runs that go on: a notice may be lost.
         database_check_s: Between two checks whether the database can be used, for health.
         certificate_check_s: Between two looks at the age of the server's certificate.
@@ -100,10 +103,13 @@ class Timing:
     database_busy_s: float = 10.0
     database_retry_s: float = 0.05
     database_lost_s: float = 60.0
+    database_idle_s: float = 4.0
     daemon_alive_s: float = 1.0
     daemon_gone_s: float = 4.0
     notices_gather_s: float = 0.03
     listen_retry_s: float = 0.5
+    lease_s: float = 4.0
+    lease_look_s: float = 0.3
     revisions_check_s: float = 10.0
     database_check_s: float = 5.0
     certificate_check_s: float = 60.0

@@ -36,8 +36,9 @@ from fedpeft.rounds.transitions import RunState, RunStatus
 from fedpeft_server.background import Background
 from fedpeft_server.runs import audit_trail
 from fedpeft_server.runs.actor import SERVER, RunActor
+from fedpeft_server.runs.fold_lease import FoldLease
 from fedpeft_server.runs.round_log import RoundLog
-from fedpeft_server.store.rows import Result, RunRow, Transition, UpdateRow, VersionRow
+from fedpeft_server.store.rows import LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, state_key, state_prefix, version_key, version_prefix
 from fedpeft_server.timing import Timing
 
@@ -164,7 +165,7 @@ def go_back(
 
 
 class Folding:
-    """Folds and commits the rounds of one run as their time comes; any number of servers may fold the same round.
+    """Folds and commits the rounds of one run as their time comes; of several daemons, the one that has the lease.
 
     Args:
         actor: The run.
@@ -182,6 +183,7 @@ class Folding:
         self._background = background
         self._round_log = round_log
         self._timing = timing
+        self._lease = FoldLease(actor.run.id, store, timing)
         self._task: asyncio.Task[None] | None = None
         self._due = False
         self._closing = False
@@ -207,7 +209,17 @@ class Folding:
         while self._due and self._actor.status.folds and not self._closing:
             self._due = False
             try:
-                await self._fold_and_commit(self._actor.round)
+                epoch = await self._lease.take()
+                if epoch is None:
+                    self._due = True
+                    continue
+                async with self._lease.kept(epoch):
+                    if epoch:
+                        await self._actor.call(self._actor.refresh)  # its last holder may have folded the round
+                    if self._actor.status.folds:
+                        await self._fold_and_commit(self._actor.round, epoch)
+            except LeaseLost:
+                self._due = True
             except (DatabaseUnavailable, DatabaseLocked) as error:
                 self._due = True
                 self._log.error(
@@ -215,17 +227,18 @@ class Folding:
                 )
                 await asyncio.sleep(self._timing.fold_retry_s)
 
-    async def _fold_and_commit(self, folding: Round) -> None:
+    async def _fold_and_commit(self, folding: Round, epoch: int) -> None:
         """Folds a round in a thread and commits it; a fault pauses the run and leaves the round as it is.
 
         Raises:
+            LeaseLost: If another daemon has taken the lease of that epoch.
             DatabaseUnavailable: If the database is out of reach; DatabaseLocked if another program holds a lock.
         """
         began = time.perf_counter()
         try:
             with tracing.span("fold", self._actor.run.id, folding.number):
                 result = await self._fold_round(folding)
-                committed = await self._actor.call(lambda: self._commit(folding, result, began))
+                committed = await self._actor.call(lambda: self._commit(folding, result, began, epoch))
         except RoundEmptied as emptied:
             excluded = emptied.excluded
             try:
@@ -237,6 +250,8 @@ class Folding:
             reason = str(spent)
             await self._actor.call(lambda: self._pause(folding, reason))
             return
+        except LeaseLost:
+            raise
         except Exception as error:
             await self._fail(folding, error)
             return
@@ -261,7 +276,7 @@ class Folding:
         facts = found.updates, found.base, found.previous_sha256, past, found.ledger
         return await self._store.fold(aggregate, self._actor.run, folding, *facts, self._store)
 
-    async def _commit(self, folding: Round, result: Result, began: float) -> bool:
+    async def _commit(self, folding: Round, result: Result, began: float, epoch: int) -> bool:
         """Writes the version that a round made; returns False if another engine did, or the run was stopped."""
         outcome, config = result.outcome, self._actor.run.config.rounds
         seconds = time.perf_counter() - began
@@ -279,7 +294,7 @@ class Folding:
             after = conduct.settled(changes.round, config, lambda client: known.get(client, conduct.GOOD))
             aside = [c for c, new in after.items() if new.is_aside and not known.get(c, conduct.GOOD).is_aside]
             said = audit_trail.committed(status.round, changes.round, outcome, aside, SERVER)
-            return Transition(changes, result=result, conducts=after, audit_events=said)
+            return Transition(changes, result=result, conducts=after, audit_events=said, epoch=epoch)
 
         made = await self._actor.transit(decide)
         if made is None:
@@ -330,11 +345,10 @@ class Folding:
         with self._background.attempt("files"):  # the daemon's work of that name tries again
             await self._store.forget_round(done, self._actor.run.id)
 
-    async def forget_here(self, done: Round) -> None:
-        """Removes what is here of a round that ended with another daemon, once nothing reads it any more."""
-        await self.idle()
+    async def forget_here(self, done: Round, current: Round) -> None:
+        """Removes what is here of a round that ended with another daemon."""
         with self._background.attempt("files"):
-            await self._store.forget_round_here(done, self._actor.run.id)
+            await self._store.forget_round_here(done, current)
 
     async def forget_stopped(self, stopped: Round) -> None:
         """Removes what arrived for a round that will never be folded, once nothing reads it any more."""

@@ -314,7 +314,7 @@ class RunEngine:
         else:  # of these clients alone it is not good
             conducts = {**dict.fromkeys(self._participation.conducts(run.id), conduct.GOOD), **conducts}
             if before.round.number != current.number or follow.ended:
-                self._background.watch("files", self.tasks.start(self._folding.forget_here(before.round)))
+                self._background.watch("files", self.tasks.start(self._folding.forget_here(before.round, current)))
         self._participation.put_conducts(run.id, conducts)
         if follow.committed:
             self._byte_counter.round_committed(run.id, run.version)

@@ -56,7 +56,7 @@ def _engine(url: URL, timing: Timing) -> Engine:
         case "sqlite":
             return _sqlite(url, timing)
         case "postgresql":
-            return postgresql.engine(url, timing)
+            return postgresql.engine(url, timing, idle_s=timing.database_idle_s)
         case other:
             raise ArgumentError(f"{other} is not supported")
 
@@ -86,7 +86,12 @@ def readers(engine: Engine, most: int, timing: Timing) -> Engine:
     if engine.dialect.name != "sqlite":
         read_only = {"postgresql_readonly": True}
         return postgresql.engine(
-            engine.url, timing, pool_size=most, isolation_level="REPEATABLE READ", execution_options=read_only
+            engine.url,
+            timing,
+            idle_s=timing.database_lost_s,
+            pool_size=most,
+            isolation_level="REPEATABLE READ",
+            execution_options=read_only,
         )
     made = create_engine(
         engine.url,

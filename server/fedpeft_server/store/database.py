@@ -28,6 +28,7 @@ from fedpeft_server.store.queries import (
     clock,
     evaluations,
     figures,
+    leases,
     participation,
     past,
     rounds,
@@ -183,6 +184,7 @@ class Database:
         Raises:
             RunNotFound: If its run does not exist.
             RevisionMoved: If the run is not at the revision at which the transition begins.
+            LeaseLost: If the round was folded by a lease that another daemon has taken since.
         """
         changes, state = made.changes, made.changes.round
         received = {state.ticket(update.ticket).client: update for update in made.updates}
@@ -194,6 +196,8 @@ class Database:
         }
         with self._transaction(*made.audit_events) as connection:
             run_queries.move(connection, changes)
+            if made.epoch:
+                leases.check(connection, state.run, made.epoch)
             rounds.put_changes(connection, changes)
             rounds.insert_updates(connection, received)
             rounds.add_traffic(connection, traffic, known=(state.run,))
@@ -204,6 +208,24 @@ class Database:
                 run_queries.insert_version(connection, version)
             participation.put_conducts(connection, state.run, made.conducts)
             self._tell(connection, Topic.RUN, [state.run])
+
+    def take_lease(self, run_id: str, seconds: float) -> int | None:
+        """Takes the right to fold the rounds of a run for some seconds; None if another daemon has it.
+
+        Returns:
+            Its epoch, which is higher each time that it is taken.
+
+        Raises:
+            RunNotFound: If there is no such run.
+        """
+        with self._transaction() as connection:
+            run_queries.select_revision(connection, run_id)
+            return leases.take(connection, run_id, self.transactions.notices.sender, seconds)
+
+    def prolong_lease(self, run_id: str, epoch: int, seconds: float) -> bool:
+        """Has that right end so many seconds from now; returns False if another daemon has it."""
+        with self._transaction() as connection:
+            return leases.prolong(connection, run_id, self.transactions.notices.sender, epoch, seconds)
 
     def revision(self, run_id: str) -> int:
         """Returns the revision of a run.

@@ -31,13 +31,16 @@ def arguments(url: URL, timing: Timing) -> dict[str, Any]:
     return {name: value for name, value in defaults.items() if name not in url.query}
 
 
-def engine(url: URL, timing: Timing, **options: Any) -> Engine:
-    """Returns an engine for a URL of PostgreSQL; what the URL says itself about waits counts."""
+def engine(url: URL, timing: Timing, *, idle_s: float, **options: Any) -> Engine:
+    """Returns an engine for a URL of PostgreSQL; what the URL says itself about waits counts.
+
+    PostgreSQL ends a transaction of it in which nothing happens for `idle_s` seconds.
+    """
     made = create_engine(url, pool_pre_ping=True, connect_args=arguments(url, timing), **options)
     limits = {
         "lock_timeout": _ms(timing.database_busy_s),
         "statement_timeout": _ms(timing.database_lost_s),
-        "idle_in_transaction_session_timeout": _ms(timing.database_lost_s),
+        "idle_in_transaction_session_timeout": _ms(idle_s),
     }
 
     @event.listens_for(made, "connect")
@@ -78,7 +81,7 @@ def fault(cause: BaseException, sqlstate: str, words: str, lost_s: float) -> str
         case "57014":
             return f"did not answer within {lost_s:g} s; see what it is busy with (pg_stat_activity)"
         case "25P03":
-            return f"ended a transaction in which nothing happened for {lost_s:g} s: the server stood still"
+            return "ended a transaction in which nothing happened for too long: the server stood still"
         case "25006":
             return f"takes nothing written ({words}): a standby after a failover? Name the primary with --database"
         case "53300":

@@ -124,6 +124,10 @@ class RevisionMoved(Exception):
     """A transition was not written: another process changed the run since it was read. Its actor decides anew."""
 
 
+class LeaseLost(Exception):
+    """A fold was not committed: another daemon has taken the lease of its run, and folds the round itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Transition:
     """A transition of a run with all that is written together with it.
@@ -134,6 +138,7 @@ class Transition:
         result: The version that the transition commits, if it commits one.
         conducts: Use that clients made of their tickets, as far as it changed.
         audit_events: Entries for the audit log.
+        epoch: Epoch of the lease by which its round was folded; 0 where none is needed.
     """
 
     changes: Changes
@@ -141,6 +146,7 @@ class Transition:
     result: Result | None = None
     conducts: Mapping[str, Conduct] = field(default_factory=dict)
     audit_events: Sequence[AuditEvent] = ()
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,11 +243,17 @@ class Store:
         await self.fold(self.download_cache.keep_from, run_id, oldest)
         await self.fold(self.updates.remove_all, [t.id for t in done.tickets if t.state not in kept])
 
-    async def forget_round_here(self, done: Round, run_id: str) -> None:
-        """Removes what is here of a round that ended with another daemon, which removes what both have."""
-        kept = (TicketState.RECEIVED,) if self.keep_updates else ()
-        await self.fold(self.download_cache.keep_from, run_id, done.number)
-        await self.fold(self.spool.remove_all, [t.id for t in done.tickets if t.state not in kept])
+    async def forget_round_here(self, done: Round, current: Round) -> None:
+        """Removes what is here of a round that ended with another daemon, which removes what both have.
+
+        Tickets that outlive it are in the one that goes on now.
+        """
+        kept = {ticket.id for ticket in current.tickets} if current.number != done.number else set()
+        if self.keep_updates:
+            kept |= {ticket.id for ticket in done.in_state(TicketState.RECEIVED)}
+        oldest = min((t.base_version for t in current.in_state(TicketState.ISSUED)), default=done.number)
+        await self.fold(self.download_cache.keep_from, done.run, min(oldest, done.number))
+        await self.fold(self.spool.remove_all, [t.id for t in done.tickets if t.id not in kept])
 
     async def forget_stopped(self, stopped: Round) -> None:
         """Removes what arrived for a round that was stopped: nothing of it counted, so nothing is kept."""

@@ -55,6 +55,16 @@ runs = Table(
     Column("revision", BigInteger, nullable=False, server_default="0"),
 )
 
+# The daemon that folds the rounds of a run, until a time on the database's clock; whoever takes it raises the epoch.
+leases = Table(
+    "leases",
+    metadata,
+    _run_key(),
+    Column("holder", String(16), nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("expires_at", Double, nullable=False),
+)
+
 versions = Table(
     "versions",
     metadata,

@@ -11,6 +11,7 @@ from fedpeft.errors import RoundClosed, UpdateDiffers
 from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.runs import aggregation
+from fedpeft_server.runs.fold_lease import FoldLease
 from fedpeft_server.store.rows import (
     RunState,
 )
@@ -47,6 +48,11 @@ async def test_a_round_is_committed_once_where_both_fold_it_at_the_same_time(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slower one folds all of it, of files that the other may have removed, and finds that it is done."""
+
+    async def without(self: FoldLease) -> int:
+        return 0
+
+    monkeypatch.setattr(FoldLease, "take", without)
     run = (await cluster.create()).id
     one, two = [await Server.of(store, run) for store in cluster.stores]
     folds, both, fold = list[str](), asyncio.Barrier(2), aggregation.Folding._fold_round

@@ -17,7 +17,7 @@ from fedpeft_server.timing import TIMING
 
 from ..rows import run_row, version_row
 
-SHORT = replace(TIMING, database_busy_s=1.0, database_lost_s=2.0)
+SHORT = replace(TIMING, database_busy_s=1.0, database_lost_s=2.0, database_idle_s=1.0)
 
 
 def test_a_lock_held_elsewhere(postgresql_url: str) -> None:
@@ -40,7 +40,7 @@ def test_a_statement_that_takes_for_ever_and_a_transaction_that_does_nothing(pos
         connection.execute(text("SELECT pg_sleep(10)"))
     with pytest.raises(DatabaseUnavailable), database.transactions.begin() as connection:
         connection.execute(text("SELECT 1"))
-        time.sleep(2.5)
+        time.sleep(1.5)
     assert database.runs() == [], "with another connection"
     database.close()
 

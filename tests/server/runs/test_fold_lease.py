@@ -1,0 +1,118 @@
+"""Of several daemons on one database one folds, and another when that one is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedpeft.rounds.state_machine import Round
+from fedpeft_server.runs import aggregation
+from fedpeft_server.runs.fold_lease import FoldLease
+from fedpeft_server.timing import TIMING
+
+from . import two_servers
+from .two_servers import Cluster, Server, check
+
+pytestmark = pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+
+
+async def folding_both(cluster: Cluster) -> tuple[str, Server, Server]:
+    """Two servers, each of which knows of a round that is to be folded."""
+    run = (await cluster.create()).id
+    one, two = [await Server.of(store, run) for store in cluster.stores]
+    await one.offer("ab")
+    await one.receive("a", 1)
+    await one.receive("b", 1)
+    await two.engine.refresh()
+    return run, one, two
+
+
+async def test_one_folds_while_the_other_waits(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    folds, fold = list[object](), aggregation.Folding._fold_round
+
+    async def counted(self: aggregation.Folding, folding: Round) -> Any:
+        folds.append(self)
+        await asyncio.sleep(0.5)
+        return await fold(self, folding)
+
+    monkeypatch.setattr(aggregation.Folding, "_fold_round", counted)
+    run, one, two = await folding_both(cluster)
+    await asyncio.gather(one.idle(), two.idle())
+    assert len(folds) == 1 and one.engine.actor.status == two.engine.actor.status
+    await asyncio.gather(one.close(), two.close())
+    check(cluster.stores[0], run, [])
+
+
+@pytest.mark.parametrize("returns", [False, True], ids=["died", "stood still"])
+async def test_another_takes_over_from_one_that_does_not_prolong_its_lease(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, returns: bool
+) -> None:
+    """One that only stood still finds that its round is folded, and does no harm."""
+    monkeypatch.setattr(two_servers, "TIMING", replace(TIMING, lease_s=0.6, lease_look_s=0.05))
+    back, fold, keep = asyncio.Event(), aggregation.Folding._fold_round, FoldLease._keep
+    first: list[aggregation.Folding] = []
+
+    async def hangs(self: aggregation.Folding, folding: Round) -> Any:
+        first[:] = first or [self]
+        result = await fold(self, folding)
+        if self is first[0]:
+            await back.wait()
+        return result
+
+    async def keeps(self: FoldLease, epoch: int) -> None:
+        if epoch > 1:
+            await keep(self, epoch)
+
+    monkeypatch.setattr(aggregation.Folding, "_fold_round", hangs)
+    monkeypatch.setattr(FoldLease, "_keep", keeps)
+    run, one, two = await folding_both(cluster)
+    while not first:
+        await asyncio.sleep(0.01)
+    holder, other = (one, two) if first[0] is one.engine._folding else (two, one)
+    began = time.monotonic()
+    await asyncio.wait_for(other.idle(), 5)
+    assert cluster.database.run(run).version == 1 and time.monotonic() - began < 4
+    if not returns:
+        holder.engine._folding._task.cancel()
+    back.set()
+    await holder.idle()
+    assert cluster.database.run(run).version == 1
+    await other.close()
+    if returns:
+        await holder.close()
+    check(cluster.stores[0], run, [])
+
+
+async def test_what_was_folded_by_a_lease_that_another_took_is_not_committed(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = (await cluster.create()).id
+    one, another = (store.db for store in cluster.stores)
+    assert one.take_lease(run, 0.2) == 1
+    assert another.take_lease(run, 10.0) is None
+    assert one.take_lease(run, 0.0) == 2, "its own it may take again"
+    assert another.take_lease(run, 10.0) == 3
+    assert not one.prolong_lease(run, 2, 10.0)
+    server, transit, epochs = await Server.of(cluster.stores[0], run), one.transit, list[int]()
+
+    def stale(made: Any, *rest: Any) -> None:
+        epochs.append(made.epoch)
+        transit(replace(made, epoch=2) if made.epoch else made, *rest)
+
+    assert another.prolong_lease(run, 3, 0.0)
+    monkeypatch.setattr(one, "transit", stale)
+    await server.offer("ab")
+    await server.receive("a", 1)
+    await server.receive("b", 1)
+    async with asyncio.timeout(5):
+        while epochs.count(4) + epochs.count(5) < 2:
+            await asyncio.sleep(0.01)
+    assert cluster.database.run(run).version == 0
+    monkeypatch.undo()
+    await server.idle()
+    assert cluster.database.run(run).version == 1
+    await server.close()
