@@ -26,7 +26,17 @@ from typing import Any
 
 import grpc
 from round import create, rounds_of, synthetic_spec
-from workload import HERE, Daemon, daemon, free_address, machine, process, resident_bytes, scratch
+from workload import (
+    HERE,
+    Daemon,
+    daemon,
+    free_address,
+    machine,
+    process,
+    processor_seconds,
+    resident_bytes,
+    scratch,
+)
 
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.process import durable
@@ -40,12 +50,6 @@ TARGETS = {"joined_s": 60.0, "beyond_grpc_kb": 20.0, "idle_share": 0.03, "round_
 LOOK_S = 0.5
 SETTLE_S = 30.0
 """Time after which every waiting client has heard how long its calls are held: the first is held for 20 seconds."""
-
-
-def processor_s(pid: int) -> float:
-    """The processor time of a process so far, user and system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def until(child: subprocess.Popen[str], met: Callable[[], bool], most_s: float, what: str) -> float:
@@ -137,11 +141,11 @@ def measure(clients: int, sampled: int, rounds: int, idle_s: float, join_s: floa
             asyncio.run(_ask(server, lambda operator: operator.resume(run)))
             until(child, lambda: waiting(server, run) <= clients - sampled, 60, "the first round opened")
             time.sleep(SETTLE_S)
-            settled_s = processor_s(server.pid)
+            settled_s = processor_seconds(server.pid)
             time.sleep(idle_s)
-            idle_over_s = processor_s(server.pid)
+            idle_over_s = processor_seconds(server.pid)
             memory = _hold_rounds(server, run, child, rounds)
-            rounds_over_s = processor_s(server.pid)
+            rounds_over_s = processor_seconds(server.pid)
             done = json.loads(child.communicate(timeout=60)[0])
         held = rounds_of(server, run)
     ends = [r.committed_at.ToNanoseconds() / 1e9 for r in held]

@@ -28,7 +28,7 @@ from fedpeft.api.narration import Narrator
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.api.tables import rounds_html, runs_html
 from fedpeft.paths import path_of
-from fedpeft.process.logs import silence_grpc
+from fedpeft.rpc import grpc_core
 from fedpeft.v1 import operator_service_pb2, run_pb2
 
 if TYPE_CHECKING:
@@ -416,7 +416,7 @@ def connect(server: str | None = None, *, identity: str | Path | None = None, in
         IdentityInvalid: If the identity cannot be used.
         ServerUnreachable: If no server answers there.
     """
-    silence_grpc()
+    grpc_core.silence()
     caller = choose(server, path_of(identity, "identity") if identity else None, insecure=insecure)
     client = partial(OperatorClient, caller.server, caller.identity)
     blocking.do(_asked(client, lambda c: c.runs()))

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import structlog
-
 from fedpeft.errors import StateInvalid
 from fedpeft.process import durable
 
@@ -22,8 +20,6 @@ LOCK = "lock"
 """The file that a server holds in its data directory, and a client in its state directory."""
 GLANCE_S = 0.2
 """For so long a lock that another process has is tried again: `holder_of` has it for an instant."""
-
-log = structlog.get_logger(__name__)
 
 
 def attempt(descriptor: int, *, shared: bool = False) -> bool | None:
@@ -126,6 +122,9 @@ def _taken(path: Path, named: str, holder: str, cure: str) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         locked = attempt(descriptor)
         if locked is None:
+            import structlog  # only here: commands that ask a server something are quicker without
+
+            log = structlog.get_logger(__name__)
             log.warning("this file system has no locks: let nothing else write there", path=str(path))
         if locked is not False and os.fstat(descriptor).st_nlink:
             return descriptor

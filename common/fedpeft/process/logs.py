@@ -70,14 +70,6 @@ class _Forward(logging.Handler):
         structlog.get_logger().log(record.levelno, text, library=record.name, exc_info=record.exc_info)
 
 
-def silence_grpc() -> None:
-    """Keeps gRPC's core from writing lines of its own to standard error: errors say the same in a sentence.
-
-    Called before the first channel or server is made; GRPC_VERBOSITY in the environment decides otherwise.
-    """
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
-
 def logger(**context: object) -> Log:
     """Returns a logger whose every line carries `context`."""
     log: Log = structlog.get_logger(**context)

@@ -45,6 +45,7 @@ def test_nothing_heavy_is_imported_for_a_light_command(command: str) -> None:
     assert ended.returncode == 0, ended.stderr
     modules = set(json.loads(ended.stderr.splitlines()[-1]))
     assert not modules & set(HEAVY)
+    assert "structlog" not in modules
     assert "list" in command or not modules & {"grpc", "numpy"}
 
 
