@@ -21,7 +21,7 @@ SHORT = replace(TIMING, database_busy_s=1.0, database_lost_s=2.0, database_idle_
 
 
 def test_a_lock_held_elsewhere(postgresql_url: str) -> None:
-    database, other = Database.open(postgresql_url, SHORT), connect(postgresql_url, SHORT)
+    database, other = Database.open(postgresql_url, SHORT), connect(postgresql_url, TIMING)
     with other.begin() as connection:
         connection.execute(text("LOCK TABLE runs"))
         with pytest.raises(DatabaseLocked, match="locked by another session for 1 s"):
