@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedpeft.config import RunConfig
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store.rows import (
     RunState,
@@ -17,7 +20,7 @@ from fedpeft_server.store.rows import (
 )
 from fedpeft_server.store.store import Store
 
-from .two_servers import CLIENTS, Cluster, Server, check, shown
+from .two_servers import BUFFERED, CLIENTS, CONFIG, Cluster, Server, check, shown
 
 
 class Died(BaseException):
@@ -76,6 +79,45 @@ async def test_a_server_that_dies_at_any_transition_is_followed_by_another(
     ] * 3
 
 
+@pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("at", range(10))
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
+async def test_tickets_that_outlive_their_rounds_outlive_a_server_that_dies_at_any_transition(
+    cluster: Cluster, at: int, written: bool
+) -> None:
+    run = (await cluster.create(BUFFERED)).id
+    first, receipts = await Server.of(cluster.stores[0], run), dict[str, str]()
+    cluster.stores[0].db.transit = dying(cluster.stores[0], at, written=written)  # type: ignore[method-assign]
+    versions = [("a", 1), ("b", 1)], [("c", 1), ("a", 2)], [("b", 2), ("c", 3)], [("a", 3), ("b", 4)]
+
+    async def hold(server: Server) -> None:
+        for version in versions:
+            await server.idle()
+            if server.faults:  # its fold died
+                return
+            await server.offer("abc")
+            for client, number in version:
+                answer = await server.receive(client, number, number + 0.5)
+                if len(answer) == 64:
+                    assert receipts.setdefault(server.ticket(client, number), answer) == answer
+            await server.idle()
+
+    with suppress(Died, asyncio.CancelledError):
+        await hold(first)
+    first.engine._disarm_timer()
+    cluster.clock.now += 1.0
+    second = await Server.of(cluster.stores[1], run)
+    await hold(second)
+    await second.close()
+    assert cluster.database.run(run).state is RunState.COMPLETED
+    check(cluster.stores[1], run, list(receipts.items()))
+    made = [
+        [(c["client"], c.get("staleness", 0)) for c in json.loads(each.record)["contributions"]]
+        for each in shown(cluster.stores[1], run)
+    ]
+    assert made == [[("a", 0), ("b", 0)], [("a", 0), ("c", 1)], [("b", 1), ("c", 0)], [("a", 1), ("b", 0)]]
+
+
 # A random history, told to one server, or to two of which each hears some events, some both, at once or one after
 # the other.
 
@@ -101,7 +143,7 @@ async def happen(server: Server, event: str, client: str, number: int) -> str:
         case "all":
             await server.offer("".join(CLIENTS))
             for each in server.engine.round.tickets:
-                await server.receive(each.client, number, 1.0 + CLIENTS.index(each.client))
+                await server.receive(each.client, each.issued_in, 1.0 + CLIENTS.index(each.client))
         case "withdraw":
             return await server.withdraw(client, number)
         case "refuse":
@@ -115,13 +157,17 @@ async def happen(server: Server, event: str, client: str, number: int) -> str:
     return ""
 
 
-async def history(cluster: Cluster, steps: Sequence[Step], hearing: Callable[[int], Sequence[int]]) -> dict[str, Any]:
+async def history(
+    cluster: Cluster, config: RunConfig, steps: Sequence[Step], hearing: Callable[[int], Sequence[int]]
+) -> dict[str, Any]:
     """Drives a run through a history; returns what became of it."""
-    run = (await cluster.create()).id
+    run = (await cluster.create(config)).id
     servers = [await Server.of(store, run) for store in cluster.stores]
     receipts: list[tuple[str, str]] = []
     for event, client, who in steps:
-        number = cluster.database.standings(run)[0][1].number
+        current = cluster.database.standings(run)[0][1]
+        held = current.ticket_of(client)
+        number = held.issued_in if held else current.number
         if event == "deadline":
             cluster.clock.now += 1001.0
         # Several events in a row are no event of one round: the other server might go on to the next one meanwhile.
@@ -141,7 +187,7 @@ async def history(cluster: Cluster, steps: Sequence[Step], hearing: Callable[[in
         "round": (current.number, current.phase, current.extensions, current.deadline),
         "tickets": [
             [
-                (t.ticket.client, t.ticket.state, t.ticket.reason, t.weight, t.payload_sha256)
+                (t.ticket.client, t.ticket.issued_in, t.ticket.state, t.ticket.reason, t.weight, t.payload_sha256)
                 for t in shown_round.tickets
             ]
             for shown_round in shown(cluster.stores[0], run)
@@ -154,11 +200,12 @@ async def history(cluster: Cluster, steps: Sequence[Step], hearing: Callable[[in
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
+@pytest.mark.parametrize("config", [CONFIG, BUFFERED], ids=["synchronous", "buffered"])
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
-def test_any_history_ends_for_two_servers_as_for_one(cluster: Cluster, steps: list[Step]) -> None:
+def test_any_history_ends_for_two_servers_as_for_one(cluster: Cluster, config: RunConfig, steps: list[Step]) -> None:
     async def compared() -> tuple[dict[str, Any], dict[str, Any]]:
-        alone = await history(cluster, [(event, client, 0) for event, client, _ in steps], lambda _: (0,))
-        return alone, await history(cluster, steps, lambda who: (who,) if who < 2 else (0, 1))
+        alone = await history(cluster, config, [(event, client, 0) for event, client, _ in steps], lambda _: (0,))
+        return alone, await history(cluster, config, steps, lambda who: (who,) if who < 2 else (0, 1))
 
     alone, together = asyncio.run(compared())
     assert together == alone

@@ -47,6 +47,24 @@ CONFIG = parse_config(
         "rounds": {"count": 3, "clients": 2, "quorum": 1, "deadline_s": 1000.0, "max_extensions": 1},
     }
 )
+BUFFERED = parse_config(
+    {
+        "model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b", "c"]},
+        "peft": {"method": "bias"},
+        "rounds": {
+            "policy": "buffered",
+            "count": 4,
+            "clients": 2,
+            "concurrency": 3,
+            "max_staleness": 1,
+            "quorum": 1,
+            "min_available": 2,
+            "deadline_s": 1000.0,
+            "max_extensions": 1,
+        },
+        "aggregation": {"strategy": "fedbuff"},
+    }
+)
 
 
 class Clock:
