@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import Narrator
+from fedpeft.api.round_parts import folded
 from fedpeft.v1 import run_pb2
 
 from ..operator.operator_double import a_round, a_run
@@ -52,3 +53,23 @@ def test_a_committed_round_is_said_once_though_its_bytes_grow_afterwards() -> No
     later.wire_bytes_up += 4096
     assert sum("round 1 committed" in line for line in first) == 1
     assert narrator.lines(RunSnapshot(run, {1: later}, changed=frozenset({1}))) == []
+
+
+def test_rounds_of_updates_of_several_versions_say_how_far_behind_they_are() -> None:
+    run, done, now = a_run(), a_round(2), a_round(3, committed=False)
+    run.config.rounds.policy = "buffered"
+    for ticket, base in ((done.tickets[0], 0), (done.tickets[1], 1), (now.tickets[0], 2), (now.tickets[1], 0)):
+        ticket.base_version = base
+    run.version = 2
+    lines = Narrator().lines(RunSnapshot(run, {2: done, 3: now}, changed=frozenset({2})))
+    assert lines[0].endswith("3 rounds of 2 updates")
+    assert "round 2 committed in 4.5 s: 2 clients (1 of them up to 1 version behind), up 600 B" in lines[1]
+    assert "round 3 open: 1 update of 2 received, awaited: twemoji (from version 0)" in lines
+
+
+def test_a_ticket_that_outlives_its_round_is_in_the_round_after_it() -> None:
+    """A watcher that was told of it while the round was open."""
+    before, after = a_round(1, committed=False), a_round(1)
+    del after.tickets[1:]
+    known = folded(folded({}, [before]), [after])
+    assert [ticket.client for ticket in known[1].tickets] == ["noto"]

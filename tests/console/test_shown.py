@@ -67,6 +67,10 @@ def usual(number: int, **norms_: float) -> RoundFacts:
     return round_(number, [ticket(name, norms_.get(name, 1.0)) for name in ("a", "b", "c", "d")])
 
 
+def test_a_ticket_says_how_many_versions_its_client_is_behind() -> None:
+    assert (ticket("a").words, ticket("a", staleness=2).words) == ("a", "a (2 versions behind)")
+
+
 def test_a_norm_stands_out_beside_the_median_of_its_round() -> None:
     found = {(n.round, n.client): n for n in norms([usual(1), usual(2, d=3.0), usual(3, d=2.9), usual(4, a=0.3)])}
     assert [key for key, norm in found.items() if norm.is_odd] == [(2, "d"), (4, "a")]

@@ -114,6 +114,7 @@ class Schedule:
         clients: The clients.
         longest_training_s: Longest time that a training takes.
         disks_lie: True for disks that say that they forced what they did not.
+        buffered: True for a run of buffered rounds, whose updates the server keeps.
         room_bytes: Size of each machine's disk; None for no limit, where none gets full.
     """
 
@@ -123,13 +124,16 @@ class Schedule:
     clients: tuple[str, ...] = CLIENTS
     longest_training_s: float = 600.0
     disks_lie: bool = False
+    buffered: bool = False
     room_bytes: int | None = None
 
     @classmethod
     def named(cls, name: str) -> Schedule:
-        """Returns a schedule of `NAMED`, that of a seed, or `MACHINE EFFECT [power]`: a death before that effect."""
+        """Returns a schedule: of `NAMED`, a seed, `full SEED`, or `MACHINE EFFECT [power]`; or `buffered` and one."""
         if name in NAMED:
             return NAMED[name]
+        if name.startswith("buffered "):
+            return replace(cls.named(name.removeprefix("buffered ")), buffered=True, clients=(*CLIENTS, "d"))
         if name.startswith("full "):
             return cls.full(int(name.removeprefix("full ")))
         if name.isdecimal():

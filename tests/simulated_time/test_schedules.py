@@ -84,6 +84,13 @@ def test_a_world_with_full_disks_ends_with_the_same_bits(seed: int, hold: Hold, 
     assert seed != 5 or outcome.without_room > 0
 
 
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + (SCHEDULES + 2) // 2))
+def test_a_world_of_buffered_rounds_counts_each_receipt_once_and_is_replayed_to_the_bit(seed: int, hold: Hold) -> None:
+    """The bits depend on the order of receipt; from that and the updates all versions are made again."""
+    outcome = hold(f"buffered {seed}")
+    assert outcome.faults == [], told(outcome)
+
+
 @pytest.mark.parametrize("how", ["", " power"], ids=["kill", "power failure"])
 @pytest.mark.parametrize("effect", range(0, EFFECTS, STEP))
 @pytest.mark.parametrize("machine", ["server", "a"])

@@ -55,6 +55,7 @@ from fedpeft_server.timing import TIMING
 
 from .loop import Pool, SimulatedLoop, Stuck, take_over_time
 from .machines import Machine, own_mounts, watch_effects
+from .replay import differences
 from .schedule import Schedule
 from .wire import Wire
 from .wire_server import SimulatedServer
@@ -123,8 +124,24 @@ def held(schedule: Schedule) -> Outcome:
     return Outcome(**json.loads(said)) if said else Outcome(["the process died"])
 
 
-def run_config() -> RunConfig:
-    """Returns the run that every world holds."""
+BUFFERED = {
+    "rounds": {
+        "policy": "buffered",
+        "count": 6,
+        "clients": 2,
+        "concurrency": 3,
+        "max_staleness": 2,
+        "quorum": 1,
+        "min_available": 2,
+        "deadline_s": 1200,
+        "seed": 5,
+    },
+    "aggregation": {"strategy": "fedbuff"},
+}
+
+
+def run_config(*, buffered: bool) -> RunConfig:
+    """Returns the run that every world holds, or every one of buffered rounds."""
     return parse_config(
         {
             "name": "simulated time",
@@ -132,6 +149,7 @@ def run_config() -> RunConfig:
             "peft": {"method": "bias"},
             "rounds": {"count": ROUNDS, "clients": 3, "quorum": 3, "deadline_s": 7200, "seed": 5},
             "codec": {"up": "int8"},
+            **(BUFFERED if buffered else {}),
         }
     )
 
@@ -246,7 +264,8 @@ class _World:
     # What lives on the machines.
 
     async def _serve(self, disk: Path) -> None:
-        settings = Settings.model_validate({"data_dir": disk / "data", "listen": f"127.0.0.1:{PORT}", "metrics": ""})
+        known = {"data_dir": disk / "data", "listen": f"127.0.0.1:{PORT}", "metrics": ""}
+        settings = Settings.model_validate({**known, "keep_updates": self._schedule.buffered})
         async with app.serving(settings, TIMING) as parts:
             await parts.stopping.wait()
 
@@ -270,7 +289,7 @@ class _World:
         arrays = {t.name: np.zeros(t.shape, np.float32) for t in SPEC.shared}
         manifest, data = payload.encode(arrays, SPEC.shared, "float32")
         first = op.CreateRunHeader(
-            config=messages.config_to_proto(run_config()),
+            config=messages.config_to_proto(run_config(buffered=self._schedule.buffered)),
             spec=messages.spec_to_proto(SPEC),
             backbone_fingerprint="ab" * 32,
             manifest=messages.manifest_to_proto(manifest),
@@ -331,6 +350,8 @@ class _World:
         for (client, number), sha256 in self._receipts.items():
             if there.get((client, number)) != sha256:
                 yield f"{client} has a receipt for round {number} that does not count: {there.get((client, number))}"
+        if self._schedule.buffered:
+            yield from differences(database.parent, self._place / "replay")
         for number, client, *wire_and_payload in traffic:
             up, down, payload_up, payload_down = wire_and_payload
             if up < payload_up or down < payload_down:

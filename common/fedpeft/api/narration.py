@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from fedpeft import formatting
 from fedpeft.api import views
+from fedpeft.v1 import run_pb2
 
 if TYPE_CHECKING:
     from fedpeft.api.following import RunSnapshot
-    from fedpeft.v1 import run_pb2
 
 MOST_NAMES = 8
 """Clients named in one line."""
@@ -94,9 +94,10 @@ def headline(run: run_pb2.Run) -> str:
     tuned = views.adapter_parameters(run.spec)
     share = f" of {run.model_parameters:,}" if run.model_parameters else ""
     rounds = run.config.rounds
+    of_each = formatting.counted(rounds.clients, "update" if views.is_buffered(run) else "client")
     return (
         f"{run.id} {run.config.name!r}: {run.spec.method} on {run.config.model.name}, {tuned:,}{share} parameters, "
-        f"{formatting.counted(rounds.count, 'round')} of {formatting.counted(rounds.clients, 'client')}"
+        f"{formatting.counted(rounds.count, 'round')} of {of_each}"
     )
 
 
@@ -109,8 +110,8 @@ def phase_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:
     if phase == "waiting":
         return run.reason or f"{start} for enough clients"
     if phase == "open":
-        awaited, sampled = views.awaited(round_), len(round_.tickets)
-        if len(awaited) == sampled:
+        awaited, sampled = views.awaited_from(round_), views.goal(round_, run)
+        if len(awaited) == len(round_.tickets):
             return f"{start}: {names(awaited)}"
         received = formatting.counted(len(views.counted(round_)), "update")
         return f"{start}: {received} of {sampled} received, awaited: {names(awaited) or 'nobody'}"
@@ -131,9 +132,18 @@ def committed_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:
     took = "" if seconds is None else f" in {seconds:.1f} s"
     beside = f" (full fine-tuning: {formatting.size(full)} each way)" if full else ""
     return (
-        f"round {round_.number} committed{took}: {formatting.counted(len(clients), 'client')}, "
+        f"round {round_.number} committed{took}: {formatting.counted(len(clients), 'client')}{_stale(round_)}, "
         f"up {formatting.size(round_.wire_bytes_up)}, down {formatting.size(round_.wire_bytes_down)}{beside}"
     )
+
+
+def _stale(round_: run_pb2.Round) -> str:
+    """Returns how many counted updates started from earlier versions than the round's, and how much earlier."""
+    counted = (t for t in round_.tickets if t.state == run_pb2.TICKET_STATE_RECEIVED)
+    stale = [age for ticket in counted if (age := views.staleness(ticket, round_))]
+    if not stale:
+        return ""
+    return f" ({len(stale)} of them up to {formatting.counted(max(stale), 'version')} behind)"
 
 
 def scored_line(version: int, metrics: Mapping[str, float]) -> str:

@@ -29,7 +29,7 @@ def rounds_html(snapshot: RunSnapshot) -> str:
     for each in snapshot.committed:
         rows.append(round_table.of_message(each, run).cells())
     if (current := snapshot.current) is not None:
-        done = f"{len(views.counted(current))} of {len(current.tickets)}"
+        done = f"{len(views.counted(current))} of {views.goal(current, run)}"
         up, down = size(current.wire_bytes_up), size(current.wire_bytes_down)
         rows.append((f"{current.number}, {views.phase(current)}", done, "", "", "", up, down, "", ""))
     state = views.state(run) + (f": {run.reason}" if run.reason else "")

@@ -64,6 +64,25 @@ def awaited(round_: run_pb2.Round) -> list[str]:
     return [t.client for t in round_.tickets if t.state == run_pb2.TICKET_STATE_ISSUED]
 
 
+def awaited_from(round_: run_pb2.Round) -> list[str]:
+    """Returns the same, each with the version that it works from if that is not the newest."""
+    return [
+        f"{t.client} (from version {t.base_version})" if staleness(t, round_) else t.client
+        for t in round_.tickets
+        if t.state == run_pb2.TICKET_STATE_ISSUED
+    ]
+
+
+def is_buffered(run: run_pb2.Run) -> bool:
+    """Returns True if the run's tickets outlive their rounds, as far as this version knows its policy."""
+    return run.config.rounds.policy == "buffered"
+
+
+def goal(round_: run_pb2.Round, run: run_pb2.Run) -> int:
+    """Returns the updates that a round in progress waits for: those of all its tickets, or of the next that come."""
+    return run.config.rounds.clients if is_buffered(run) else len(round_.tickets)
+
+
 def committed(rounds: Iterable[run_pb2.Round]) -> list[run_pb2.Round]:
     """Returns the rounds whose record is final, by number."""
     final = [r for r in rounds if r.phase == run_pb2.ROUND_PHASE_COMMITTED]
@@ -288,7 +307,10 @@ def awaited_words(run: run_pb2.Run, round_: run_pb2.Round) -> list[str]:
     """Returns the clients that a round awaits, by id; those first that hang or are slow, with what is known of them."""
     ill = {each.client: each.description for each in run.awaited if not is_well(each)}
     names = awaited(round_)
-    return [f"{name} ({ill[name]})" for name in ill if name in names] + [name for name in names if name not in ill]
+    well = zip(names, awaited_from(round_), strict=True)
+    return [f"{name} ({ill[name]})" for name in ill if name in names] + [
+        words for name, words in well if name not in ill
+    ]
 
 
 def client_progress_json(progress: run_pb2.ClientProgress) -> Json:

@@ -83,7 +83,7 @@ def _table(snapshot: RunSnapshot, rows: int) -> Table:
     for round_ in final[-rows:]:
         table.add_row(*of_message(round_, snapshot.run).cells(COLUMNS))
     if (current := snapshot.current) is not None:
-        received, sampled = len(views.counted(current)), len(current.tickets)
+        received, sampled = len(views.counted(current)), views.goal(current, snapshot.run)
         up, down = formatting.size(current.wire_bytes_up), formatting.size(current.wire_bytes_down)
         table.add_row(str(current.number), f"{received}/{sampled}", "", "", up, down, "", "", style="cyan")
     return table
@@ -118,4 +118,4 @@ def _status(snapshot: RunSnapshot, now: datetime) -> Text:
         return Text(f"round {current.number} is {views.phase(current)}")
     left = views.remaining_s(current, now)
     until = "" if left is None else f", {max(0, round(left))} s left"
-    return Text(f"round {current.number} is open, waiting for {names(views.awaited(current)) or 'nobody'}{until}")
+    return Text(f"round {current.number} is open, waiting for {names(views.awaited_from(current)) or 'nobody'}{until}")

@@ -9,6 +9,7 @@ from functools import cached_property
 from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
 from fedpeft.errors import UpdateExcluded
+from fedpeft.formatting import counted
 from fedpeft.rounds.state_machine import ROLLED_BACK
 from fedpeft.v1 import run_pb2
 
@@ -31,6 +32,7 @@ class TicketFacts:
         loss: Of local training, in nats.
         up: Bytes from the client, whole messages.
         down: Bytes to it.
+        staleness: Versions made since the one that its update starts from.
     """
 
     client: str
@@ -42,6 +44,12 @@ class TicketFacts:
     loss: float | None
     up: int
     down: int
+    staleness: int = 0
+
+    @property
+    def words(self) -> str:
+        """The client, with how many versions it is behind, if it is."""
+        return f"{self.client} ({counted(self.staleness, 'version')} behind)" if self.staleness else self.client
 
     @property
     def is_counted(self) -> bool:
@@ -125,7 +133,7 @@ class Reader:
 def round_facts(message: run_pb2.Round, run: run_pb2.Run) -> RoundFacts:
     """Reads a round."""
     back = int(message.metrics[_BACK]) if _BACK in message.metrics else None
-    tickets = tuple(_ticket_facts(ticket, rolled_back=back is not None) for ticket in message.tickets)
+    tickets = tuple(_ticket_facts(ticket, message, rolled_back=back is not None) for ticket in message.tickets)
     return RoundFacts(
         number=message.number,
         phase=views.phase(message),
@@ -146,7 +154,7 @@ def round_facts(message: run_pb2.Round, run: run_pb2.Run) -> RoundFacts:
     )
 
 
-def _ticket_facts(ticket: run_pb2.Ticket, *, rolled_back: bool) -> TicketFacts:
+def _ticket_facts(ticket: run_pb2.Ticket, round_: run_pb2.Round, *, rolled_back: bool) -> TicketFacts:
     state = run_pb2.TicketState.Name(ticket.state).removeprefix("TICKET_STATE_").lower()
     if state == "refused" and ticket.reason.startswith(UpdateExcluded.reason):
         state = "excluded"
@@ -162,4 +170,5 @@ def _ticket_facts(ticket: run_pb2.Ticket, *, rolled_back: bool) -> TicketFacts:
         loss=ticket.metrics.get("loss"),
         up=ticket.wire_bytes_up,
         down=ticket.wire_bytes_down,
+        staleness=views.staleness(ticket, round_),
     )

@@ -202,8 +202,13 @@ def _sentence(facts: RoundFacts, run: run_pb2.Run) -> str:
         words = run.reason.removeprefix(f"round {facts.number} of {run.id} ")  # the page has said both
         return sentence(words) if words else "Waiting for enough clients."
     if facts.phase == "aggregating":
-        return "The updates are being aggregated; no more are accepted."
-    awaited = [ticket.client for ticket in facts.of("issued")]
+        after = "later ones count in the next version" if views.is_buffered(run) else "no more are accepted"
+        return f"The updates are being aggregated; {after}."
+    awaited = [ticket.words for ticket in facts.of("issued")]
+    if views.is_buffered(run):
+        wanted = run.config.rounds.clients
+        has = f"{len(facts.of('received'))} of the {formatting.counted(wanted, 'update')} of this version received"
+        return f"{has}; waiting for {names(awaited)}." if awaited else f"{has}; waiting for clients."
     return f"Waiting for {names(awaited)}." if awaited else "All updates have been received."
 
 
