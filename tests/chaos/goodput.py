@@ -19,9 +19,12 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-from . import grpc_environment  # noqa: F401
+from . import (
+    grpc_environment,  # noqa: F401
+    processes,
+)
 from .mains import CLIENTS
-from .schedule import LINKS, Fault, Kill, Line, Schedule, Stop
+from .schedule import ENDLESS, LINKS, Fault, Kill, Line, Schedule, Stop
 from .world import Outcome, World
 
 EVERY_S = 29.0
@@ -29,7 +32,6 @@ AWAY_S = 1.0
 """A supervisor starts a killed process again after this time."""
 LONGEST_S = 5.0
 """Longest stop and longest cut."""
-ROUNDS = 100_000
 
 
 def drawn(seed: int, length_s: float) -> tuple[Fault, ...]:
@@ -81,12 +83,13 @@ class Stretch(World):
 def stretch(name: str, faults: tuple[Fault, ...], chosen: argparse.Namespace) -> Outcome:
     """Holds a stretch in a process of its own."""
     reading, writing = os.pipe()
-    place = Path(tempfile.mkdtemp(prefix="goodput-"))
-    schedule = Schedule(name, faults, rounds=ROUNDS, longest_training_s=chosen.training, wanted=chosen.wanted)
+    place, parent = Path(tempfile.mkdtemp(prefix="goodput-")), os.getpid()
+    schedule = Schedule(name, faults, rounds=ENDLESS, longest_training_s=chosen.training, wanted=chosen.wanted)
     child = os.fork()
     if not child:
         outcome = Outcome()
         try:
+            processes.die_with(parent)
             outcome = Stretch(schedule, place, chosen.minutes * 60).hold()
         except BaseException:
             outcome.faults.append(traceback.format_exc())

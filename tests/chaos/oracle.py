@@ -14,8 +14,10 @@ from typing import Any
 import safetensors
 import safetensors.numpy
 
+from fedpeft_client.egress import entries
+
 from .machines import Machine, read_only
-from .schedule import Full, Schedule, Unforced
+from .schedule import Full, Line, Schedule, Unforced
 
 REFUSALS = ("Input/output error", "No space left on device", "ENOSPC", "no room", "disk I/O error")
 """Words of errors that a disk without room, or one that cannot be written, explains."""
@@ -45,13 +47,15 @@ def look(logs: Path, machines: dict[str, Machine], schedule: Schedule) -> Found:
     with closing(read_only(database)) as read:
         newest = read.execute("select max(version) from versions").fetchone()[0]
         found.faults += _uncounted(read, _receipts(lines))
-        found.faults += _unbooked(read)
+        found.faults += _unbooked(read, data / "spool")
+        if not any(isinstance(fault, Line) and fault.what == "repeat" for fault in schedule.faults):
+            found.faults += _untold(read, machines)  # else the server gets more than was sent
     try:
         found.adapter = _digest(data / "blobs", newest or 0)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         found.faults.append(f"version {newest} cannot be read: {error}")
     for name, machine in machines.items():
-        if name != "server" and not schedule.is_endless and (left := _left_over(machine.disk.path / "state")):
+        if name != "server" and schedule.is_exact and (left := _left_over(machine.disk.path / "state")):
             found.faults.append(f"{name} still has {left}, and the run is over")
     return found
 
@@ -100,11 +104,29 @@ def _uncounted(read: Any, receipts: dict[tuple[str, int], str]) -> Iterator[str]
             yield f"round {number} folds a client twice: {folded}"
 
 
-def _unbooked(read: Any) -> Iterator[str]:
+def _unbooked(read: Any, spool: Path) -> Iterator[str]:
+    """Yields where the server counted fewer bytes than arrived."""
     rows = read.execute("select number, client, wire_up, wire_down, payload_up, payload_down from traffic").fetchall()
     for number, client, up, down, payload_up, payload_down in rows:
         if up < payload_up or down < payload_down:
             yield f"{client} in round {number}: {up}, {down} bytes, with {payload_up}, {payload_down} of payload"
+    booked = {(number, client): payload_up for number, client, _, _, payload_up, _ in rows}
+    counted = (
+        "select number, client, id, payload_sha256 from tickets join updates on ticket = id where state = 'received'"
+    )
+    for number, client, ticket, sha256 in read.execute(counted):
+        size = (spool / f"{ticket}.{sha256}.update").stat().st_size
+        if booked.get((number, client), 0) < size:
+            yield f"{client} in round {number}: {booked.get((number, client))} bytes of an update of {size} are booked"
+
+
+def _untold(read: Any, machines: dict[str, Machine]) -> Iterator[str]:
+    """Yields clients whose own log tells less than what the server got from them."""
+    for client, got in read.execute("select client, sum(wire_up) from traffic group by client"):
+        booked = entries.read(machines[client].disk.path / "state" / entries.FILE).booked.values()
+        told = sum(each.entry.wire_bytes for each in booked)
+        if told < got:
+            yield f"{client} told of {told} bytes in its own log, and the server got {got}"
 
 
 def _left_over(state: Path) -> list[str]:

@@ -30,9 +30,7 @@ def start(main: Callable[[], int | None], log: Path, keep: Collection[int] = ())
         return child
     code = 1
     try:
-        ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+        die_with(parent)
         _take_streams(log, keep)
         code = main() or 0
         threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at the end of any process
@@ -43,6 +41,13 @@ def start(main: Callable[[], int | None], log: Path, keep: Collection[int] = ())
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def die_with(parent: int) -> None:
+    """Has this process killed when its parent ends."""
+    ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _take_streams(log: Path, keep: Collection[int]) -> None:

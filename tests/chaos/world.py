@@ -46,6 +46,7 @@ class Outcome:
     Attributes:
         faults: Promises that were broken; empty if none was.
         adapter: SHA-256 of the last version's tensors.
+        is_exact: True if that must be the one of the undisturbed run.
         seconds: Time until the run was complete.
         cpu_s: Processor time of all processes.
         deaths: Processes that were killed.
@@ -57,6 +58,7 @@ class Outcome:
 
     faults: list[str] = field(default_factory=list)
     adapter: str = ""
+    is_exact: bool = True
     seconds: float = 0.0
     cpu_s: float = 0.0
     deaths: int = 0
@@ -74,11 +76,12 @@ def held(schedule: Schedule, keep: str = "") -> Outcome:
         keep: A folder that the world's files are copied to where a promise was broken; empty: nowhere.
     """
     reading, writing = os.pipe()
-    place = Path(tempfile.mkdtemp(prefix="chaos-"))
+    place, parent = Path(tempfile.mkdtemp(prefix="chaos-")), os.getpid()
     child = os.fork()
     if not child:
         outcome = Outcome()
         try:
+            processes.die_with(parent)
             os.close(reading)
             outcome = World(schedule, place).hold()
         except BaseException:
@@ -248,7 +251,7 @@ class World:
         outcome.effects = {machine.name: machine.switches.effects for machine in machines}
         outcome.notes = [f"paused: {word['paused']}" for word in self._words() if "paused" in word]
         found = oracle.look(self._place / "logs", self.machines, self._schedule)
-        outcome.adapter = found.adapter
+        outcome.adapter, outcome.is_exact = found.adapter, self._schedule.is_exact
         outcome.faults += found.faults
         outcome.notes += found.notes
         outcome.log = oracle.last_lines(self._place / "logs") if outcome.faults else []
