@@ -13,6 +13,8 @@ MACHINES = ("server", "server", "server", *CLIENTS, EVALUATOR)
 LINKS = (*CLIENTS, EVALUATOR)
 LENGTH_S = 4.0
 """Faults begin within this time."""
+MOST, STORM = 12, 60
+"""Most faults of a schedule, and of a storm."""
 EFFECTS_S = 4.0
 """The effects that a death waits for come in this time, or it does not happen."""
 ROUNDS = 6
@@ -171,7 +173,8 @@ class Schedule:
     """The faults of one world.
 
     Attributes:
-        name: A seed; `MACHINE EFFECT [power]`, a death before that effect; `undisturbed`; `disks that lie`.
+        name: A seed; `storm SEED`, which has many faults; `MACHINE EFFECT [power]`, a death before that effect;
+            `undisturbed`; `disks that lie`.
         faults: In their order.
         own_disks: True if each machine has a disk of a size, in memory, whose power can fail.
         rounds: Rounds of the run.
@@ -200,19 +203,21 @@ class Schedule:
             return cls(name, deaths, own_disks=True, disks_lie=True, patience_s=15.0)
         if name.isdecimal():
             return cls.drawn(int(name))
+        if name.startswith("storm "):
+            return cls.drawn(int(name.removeprefix("storm ")), STORM, 2 * LENGTH_S)
         machine, effect, *power = name.split()
         death = Kill(0.0, machine, 0.3, int(effect), power=bool(power))
         return cls(name, (death,), own_disks=bool(power))
 
     @classmethod
-    def drawn(cls, seed: int) -> Schedule:
+    def drawn(cls, seed: int, most: int = MOST, length_s: float = LENGTH_S) -> Schedule:
         """Draws a schedule; one of two has disks that get full and lose what was not forced.
 
         Every fourth is of a run whose rounds close with three of four updates: others are late, and which is chance.
         """
         draw = random.Random(f"chaos {seed}")
         own_disks = draw.random() < 0.5
-        faults = [_fault(draw, own_disks) for _ in range(draw.randint(2, 12))]
+        faults = [_fault(draw, own_disks, length_s) for _ in range(draw.randint(most // 6, most))]
         wanted = len(CLIENTS) - (seed % 4 == 0)
         return cls(str(seed), tuple(sorted(faults, key=lambda fault: fault.at_s)), own_disks, wanted=wanted)
 
@@ -222,8 +227,8 @@ class Schedule:
         return self.wanted == len(CLIENTS) and self.rounds < ENDLESS
 
 
-def _fault(draw: random.Random, own_disks: bool) -> Fault:
-    at, machine = draw.uniform(0.1, LENGTH_S), draw.choice(MACHINES)
+def _fault(draw: random.Random, own_disks: bool, length_s: float) -> Fault:
+    at, machine = draw.uniform(0.1, length_s), draw.choice(MACHINES)
     for_s = draw.choice((0.05, 0.5, draw.uniform(0.0, 3.0)))
     kind = draw.random()
     if own_disks and kind < 0.2:

@@ -72,6 +72,16 @@ def test_processes_under_faults_end_with_the_same_bits(seed: int, hold: Hold, un
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SCHEDULES // 5))
+def test_processes_in_a_storm_of_faults_end_with_the_same_bits(
+    seed: int, hold: Hold, undisturbed: SimpleNamespace
+) -> None:
+    outcome = hold(f"storm {seed}")
+    assert outcome.faults == [], told(outcome)
+    assert outcome.adapter == undisturbed.adapter or not outcome.is_exact
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not STEP, reason="STEP=1 walks all effects")
 @pytest.mark.parametrize("how", ["", " power"], ids=["kill", "power failure"])
 @pytest.mark.parametrize(

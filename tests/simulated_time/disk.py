@@ -67,7 +67,8 @@ class Disk:
         now = {entry.name: entry.inode() for entry in os.scandir(source)}
         for name in sorted({*sure, *now}):
             if name in SQLITE:
-                shutil.copy2(source / name, target / name)
+                if name in now:  # it removes its log once all is in the database
+                    shutil.copy2(source / name, target / name)
             elif sure.get(name) == now.get(name) or (name in now and drawn.random() < 0.5):
                 self._copy_entry(source / name, target / name, drawn)
             elif name in sure and sure[name] in self._bytes:  # what it was before
