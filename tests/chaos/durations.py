@@ -17,6 +17,10 @@ from fedpeft.adapters import payload  # noqa: E402
 
 payload.CHUNK_BYTES = 64 * 1024
 
+from fedpeft.identity import certificates  # noqa: E402
+
+certificates.renewal = lambda one: one.not_valid_before_utc + (one.not_valid_after_utc - one.not_valid_before_utc) / 8
+
 from fedpeft_client import timing as client  # noqa: E402
 from fedpeft_client.uplink import channel  # noqa: E402
 from fedpeft_server import timing as server  # noqa: E402
@@ -37,6 +41,9 @@ client.TIMING = replace(
     limits_check_s=0.5,
     first_hold_s=1.0,
     longest_hold_s=4.0,
+    renewal_check_s=1.0,
+    renewal_first_pause_s=0.2,
+    renewal_longest_pause_s=2.0,
 )
 server.TIMING = replace(
     server.TIMING,

@@ -9,6 +9,7 @@ Afterwards each receipt must count once, and `fedpeft run verify` must fold each
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import (
@@ -71,12 +73,13 @@ class Stretch(World):
         begun = time.monotonic()
         self._plan(begun)
         self._until(lambda: time.monotonic() >= begun + self._length_s, begun + self._length_s + 60.0, "")
-        versions = [word["version"] for word in self._words() if "version" in word]
+        words = [word for word in self._words() if "version" in word]
         self._place.joinpath("stop").touch()
         self._until(lambda: self._word("stopped") is not None, time.monotonic() + 60.0, "the run was not stopped")
         outcome.faults += self._verify(str(self._word("run")))
         self._end()
-        outcome.committed = versions[-1] - versions[0]
+        for before, word in itertools.pairwise(words):  # who looks now and then may see two at once
+            outcome.committed += [word["at"] - begun] * (word["version"] - before["version"])
         return self._judged(outcome)
 
 
@@ -105,6 +108,13 @@ def stretch(name: str, faults: tuple[Fault, ...], chosen: argparse.Namespace) ->
     return outcome
 
 
+def _told(wait_s: float, at: float, faults: Sequence[Fault]) -> str:
+    """Returns a wait with the faults in it."""
+    within = [fault for fault in faults if at <= fault.at_s <= at + wait_s]
+    kinds = [f"{type(f).__name__} of {getattr(f, 'machine', getattr(f, 'client', ''))}" for f in within]
+    return f"{wait_s:.1f} s ({', '.join(kinds) or 'nothing'})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -117,8 +127,12 @@ def main() -> None:
     committed = {}
     for name, happening in (("without faults", ()), ("under faults", faults)):
         outcome = stretch(name, happening, chosen)
-        committed[name] = outcome.committed
-        print(f"{name}: {outcome.committed} rounds, {outcome.cpu_s:.0f} s of CPU, load {os.getloadavg()[0]:.1f}")
+        committed[name] = len(outcome.committed)
+        print(f"{name}: {len(outcome.committed)} rounds, {outcome.cpu_s:.0f} s of CPU, load {os.getloadavg()[0]:.1f}")
+        waits = [(after - before, before) for before, after in itertools.pairwise(outcome.committed)]
+        print(
+            f"longest waits for a round: {', '.join(_told(wait, at, happening) for wait, at in sorted(waits)[:-6:-1])}"
+        )
         print("\n".join(outcome.faults) or "lost 0, doubled 0, every round folds again to the same bits", flush=True)
     print(f"goodput: {committed['under faults'] / committed['without faults']:.3f}")
 

@@ -36,6 +36,7 @@ class Machine:
         main: The process, given the machine's disk.
         own_disk: True for a disk of a size, whose power can fail.
         lies: True if that disk forces nothing.
+        prepare: Puts onto the disk what is there before the first start.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Machine:
         *,
         own_disk: bool,
         lies: bool = False,
+        prepare: Callable[[Path], None] = lambda _: None,
     ) -> None:
         self.name = name
         self._main = main
@@ -58,6 +60,8 @@ class Machine:
         self._place.mkdir()
         if own_disk:
             mount(self._place, ROOM_BYTES)
+        (self._place / "0").mkdir()
+        prepare(self._place / "0")
         self.disk = ForcedDisk(self._place / "0")
         self.switches = Switches()
         self.pid: int | None = None

@@ -23,6 +23,7 @@ from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.errors import FedpeftError
+from fedpeft.identity.folder import Identity
 from fedpeft.process import durable
 from fedpeft.v1 import run_pb2
 from fedpeft_client import __main__ as client_command
@@ -32,6 +33,8 @@ from fedpeft_server import __main__ as server_command
 
 CLIENTS = ("a", "b", "c", "d")
 EVALUATOR = "e"
+CERTIFICATES_S = 48
+"""Life of a client's certificate."""
 SPEC = AdapterSpec.of("bias", [TensorSpec("blocks.0.bias", (7,)), TensorSpec("head.weight", (400, 500))])
 """An update has four chunks, and a residual besides."""
 
@@ -43,13 +46,14 @@ def run_config(rounds: int, wanted: int) -> RunConfig:
         rounds: Rounds.
         wanted: Updates that a round closes with; all clients train for each.
     """
-    held: dict[str, Any] = {"count": rounds, "clients": wanted, "quorum": wanted, "deadline_s": 6, "max_extensions": 5}
+    held: dict[str, Any] = {"count": rounds, "clients": wanted, "quorum": wanted, "min_available": wanted}
+    deadline: dict[str, Any] = {"deadline_s": 6, "max_extensions": 5}
     return parse_config(
         {
             "name": "chaos",
             "model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b", "c"]},
             "peft": {"method": "bias"},
-            "rounds": {**held, "over_selection": len(CLIENTS) / wanted - 1, "seed": 5},
+            "rounds": {**held, **deadline, "over_selection": len(CLIENTS) / wanted - 1, "seed": 5},
             "codec": {"up": "int8", "down": "int8"},
             "aggregation": {"strategy": "fedavgm"},
         }
@@ -59,7 +63,8 @@ def run_config(rounds: int, wanted: int) -> RunConfig:
 def serve(data: Path, port: int) -> int:
     """Runs the daemon."""
     where = ["--data-dir", str(data), "--listen", f"127.0.0.1:{port}", "--metrics", "", "--keep-updates"]
-    sys.argv = ["fedpeft-server", *where, "--drain-s", "1", "--log-format", "json"]
+    life = ["--certificate-life-s", str(CERTIFICATES_S)]
+    sys.argv = ["fedpeft-server", *where, *life, "--drain-s", "1", "--log-format", "json"]
     server_command.main()
     return 0
 
@@ -102,25 +107,27 @@ class Worker(SimulatedWorker):
         return {"metrics": {"accuracy": digest[0] / 255, "loss": float(digest[1])}}
 
 
-def operate(port: int, config: RunConfig, said: Path) -> int:
+def operate(port: int, config: RunConfig, said: Path, identity: Path | None) -> int:
     """Creates the run, and resumes it when it pauses; says in a file what becomes of it.
 
     A file beside that, `stop`, has it end the run.
     """
-    asyncio.run(_Operator(port, said).operate(config))
+    asyncio.run(_Operator(port, said, identity).operate(config))
     return 0
 
 
-def verify(port: int, run: str, spool: Path) -> int:
+def verify(port: int, run: str, spool: Path, identity: Path | None) -> int:
     """Verifies a run as `fedpeft run verify` does."""
-    session: Any = SimpleNamespace(client=lambda: OperatorClient(f"127.0.0.1:{port}"))
+    who = Identity.load(identity) if identity else None
+    session: Any = SimpleNamespace(client=lambda: OperatorClient(f"127.0.0.1:{port}", who))
     found = asyncio.run(verified(session, run, spool, lambda _: None))
     print(json.dumps({"verified": len(found["rounds"])}), flush=True)
     return 0
 
 
 class _Operator:
-    def __init__(self, port: int, said: Path) -> None:
+    def __init__(self, port: int, said: Path, identity: Path | None) -> None:
+        self._identity = Identity.load(identity) if identity else None
         self._server = f"127.0.0.1:{port}"
         self._said = said.open("a", buffering=1)
         self._stop = said.with_name("stop")
@@ -151,7 +158,7 @@ class _Operator:
     async def _insist(self, call: Any, tries: int = 10_000) -> Any:
         for _ in range(tries):
             try:
-                async with OperatorClient(self._server, attempts=2) as client:
+                async with OperatorClient(self._server, self._identity, attempts=2) as client:
                     client.timeout_s = 3.0
                     return await call(client)
             except FedpeftError:

@@ -179,6 +179,7 @@ class Schedule:
         own_disks: True if each machine has a disk of a size, in memory, whose power can fail.
         rounds: Rounds of the run.
         disks_lie: True for disks that say that they forced what they did not.
+        is_secured: True if all speak TLS, and clients renew their certificates meanwhile.
         longest_training_s: Longest time that a training takes.
         wanted: Updates that a round closes with.
         patience_s: The run is complete so long after the last fault, or something hangs.
@@ -189,6 +190,7 @@ class Schedule:
     own_disks: bool = False
     rounds: int = ROUNDS
     disks_lie: bool = False
+    is_secured: bool = False
     longest_training_s: float = 0.3
     wanted: int = len(CLIENTS)
     patience_s: float = 60.0
@@ -214,12 +216,14 @@ class Schedule:
         """Draws a schedule; one of two has disks that get full and lose what was not forced.
 
         Every fourth is of a run whose rounds close with three of four updates: others are late, and which is chance.
+        Every third is over TLS.
         """
         draw = random.Random(f"chaos {seed}")
         own_disks = draw.random() < 0.5
         faults = [_fault(draw, own_disks, length_s) for _ in range(draw.randint(most // 6, most))]
+        in_order = tuple(sorted(faults, key=lambda fault: fault.at_s))
         wanted = len(CLIENTS) - (seed % 4 == 0)
-        return cls(str(seed), tuple(sorted(faults, key=lambda fault: fault.at_s)), own_disks, wanted=wanted)
+        return cls(str(seed), in_order, own_disks, wanted=wanted, is_secured=seed % 3 == 0)
 
     @property
     def is_exact(self) -> bool:

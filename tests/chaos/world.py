@@ -25,18 +25,19 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from simulated_time.machines import own_mounts
 
-from . import mains, oracle, processes, proxy
+from . import identities, mains, oracle, processes, proxy
 from .machines import Machine
 from .schedule import LINKS, Schedule
 
 LEAVES_S = 10.0
-PORTS = range(20_000, 32_000)
-"""Below those that the system gives to outgoing connections: a daemon that is away finds its port free."""
+PORTS = range(20_000, 32_000, 2)
+"""Each with the next one, for enrolment; none that the system gives to outgoing connections."""
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Outcome:
         cpu_s: Processor time of all processes.
         deaths: Processes that were killed.
         effects: Effects of each machine.
-        committed: Rounds that were committed in a stretch of time, where one is held.
+        committed: Moments of the rounds that were committed in a stretch of time, where one is held.
         notes: Ends of processes because of a full disk, and pauses of the run.
         log: The last lines of all processes, where a promise was broken.
     """
@@ -63,7 +64,7 @@ class Outcome:
     cpu_s: float = 0.0
     deaths: int = 0
     effects: dict[str, int] = field(default_factory=dict)
-    committed: int = 0
+    committed: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
 
@@ -159,18 +160,29 @@ class World:
         far.close()
         for listener in self._listeners:
             listener.close()
+        self._identities = self._place / "identities"
+        if self._schedule.is_secured:
+            make = lambda: identities.make(self._identities, self._port, ports)  # noqa: E731
+            log = self._place / "logs" / "init.txt"
+            if os.waitpid(processes.start(make, log), 0)[1]:
+                raise RuntimeError(log.read_text())
         self._add("server", lambda disk: mains.serve(disk / "data", self._port))
         longest_s = self._schedule.longest_training_s
         for name in LINKS:
             self._add(name, lambda disk, name=name: mains.take_part(name, disk / "state", ports[name], longest_s))
         config = mains.run_config(self._schedule.rounds, self._schedule.wanted)
-        operate = lambda: mains.operate(self._port, config, self._said)  # noqa: E731
+        operate = lambda: mains.operate(self._port, config, self._said, self._operator)  # noqa: E731
         self._running.append(processes.start(operate, self._place / "logs" / "operator.0.log"))
+
+    @property
+    def _operator(self) -> Path | None:
+        return self._identities / identities.OPERATOR if self._schedule.is_secured else None
 
     def _add(self, name: str, main: Callable[[Path], int | None]) -> None:
         own, lies = self._schedule.own_disks, self._schedule.disks_lie
         drawn = random.Random(f"{self._schedule.name} {name}")
-        self.machines[name] = Machine(name, self._place, drawn, main, own_disk=own, lies=lies)
+        prepare = partial(identities.give, self._identities, name) if self._schedule.is_secured else lambda _: None
+        self.machines[name] = Machine(name, self._place, drawn, main, own_disk=own, lies=lies, prepare=prepare)
         self.machines[name].start()
 
     def _plan(self, begun: float) -> float:
@@ -231,7 +243,7 @@ class World:
     def _verify(self, run: str) -> list[str]:
         """Has the run verified, up to each update that was folded."""
         spool, log = self.machines["server"].disk.path / "data" / "spool", self._place / "logs" / "verify.0.log"
-        pid = processes.start(lambda: mains.verify(self._port, run, spool), log)
+        pid = processes.start(lambda: mains.verify(self._port, run, spool, self._operator), log)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return [] if code == 0 else [f"the run does not verify: {log.read_text()[-2000:]}"]
 
@@ -271,7 +283,8 @@ def free_port() -> int:
     while True:
         port = random.SystemRandom().choice(PORTS)
         try:
-            socket.create_server(("127.0.0.1", port)).close()
+            for each in (port, port + 1):
+                socket.create_server(("127.0.0.1", each)).close()
         except OSError:
             continue
         return port

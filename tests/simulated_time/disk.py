@@ -63,6 +63,7 @@ class Disk:
 
     def _copy(self, source: Path, target: Path, drawn: random.Random) -> None:
         target.mkdir(parents=True)
+        shutil.copymode(source, target)
         sure = self._names.get(source.stat().st_ino, {})
         now = {entry.name: entry.inode() for entry in os.scandir(source)}
         for name in sorted({*sure, *now}):
@@ -73,6 +74,7 @@ class Disk:
                 self._copy_entry(source / name, target / name, drawn)
             elif name in sure and sure[name] in self._bytes:  # what it was before
                 (target / name).write_bytes(self._bytes[sure[name]])
+                (target / name).chmod(0o600)
 
     def _copy_entry(self, source: Path, target: Path, drawn: random.Random) -> None:
         if source.is_symlink():
@@ -81,6 +83,7 @@ class Disk:
             self._copy(source, target, drawn)
         else:
             target.write_bytes(self._left(source, drawn))
+            shutil.copymode(source, target)
 
     def _left(self, file: Path, drawn: random.Random) -> bytes:
         data, sure = file.read_bytes(), self._bytes.get(file.stat().st_ino)
