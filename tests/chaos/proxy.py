@@ -83,12 +83,16 @@ class Link:
             return
         pair = _Pair(writer, far_writer)
         self._pairs.add(pair)
+        both = self._pump(pair, reader, far_writer, UP), self._pump(pair, far_reader, writer, DOWN)
+        ways = [asyncio.ensure_future(way) for way in both]
         try:
-            ways = self._pump(pair, reader, far_writer, UP), self._pump(pair, far_reader, writer, DOWN)
-            await asyncio.wait([asyncio.ensure_future(way) for way in ways], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._pairs.discard(pair)
             pair.close()
+            for way in ways:
+                way.cancel()
+            await asyncio.wait(ways)
 
     async def _pump(self, pair: _Pair, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: int) -> None:
         with suppress(ConnectionError):  # one side was killed, which is what this is for
