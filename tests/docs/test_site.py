@@ -81,6 +81,8 @@ def test_the_site_can_be_searched(site: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_files_that_a_page_names_are_there(page: Path) -> None:
+    if page.name == "track-record.md":
+        pytest.skip("its paths are those of the commits that it names: test_track_record.py")
     named = set(NAMED.findall(page.read_text(encoding="utf-8"))) - MADE
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
