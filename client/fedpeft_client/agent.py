@@ -291,6 +291,9 @@ class Agent:
         log = self._log.bind(run=task.run, round=task.round)
 
         async def train() -> None:
+            if await asyncio.to_thread(self._outbox.counted, task.run) == task.ticket:
+                await self._send_again(task, log)
+                return
             run, held = await self._pull(task.run, task.version, task.round)
             await self._exclusion_check.settle(run.id, log)
             steps = TrainingProgress()
@@ -307,6 +310,18 @@ class Agent:
                 self._leave_out(task.run, surely=failure.kind == FAULT.reason)
             await self._withdrawals.withdraw(task.ticket, f"{failure.kind}: {failure.told}", task.run, task.round, log)
             await self._setback.pause()
+
+    async def _send_again(self, task: pb.TrainingTask, log: Log) -> None:
+        """Makes an update pending that the server has lost since its receipt.
+
+        Raises:
+            StateInvalid: If it is not here any more; it is in the residual then.
+        """
+        if await asyncio.to_thread(self._outbox.recall, task.run):
+            log.warning("the server lost the update of this ticket; it is sent again", ticket=task.ticket)
+            return
+        await asyncio.to_thread(self._outbox.take_back, task.run, faulty=False)
+        raise StateInvalid("the update that the server lost is not here any more; it goes into the residual")
 
     def _against(self, task: pb.TrainingTask) -> Reason | None:
         """Returns why a ticket is refused as it stands: it asks for more than the policy allows, or at a wrong time."""

@@ -22,6 +22,7 @@ from fedpeft.process import metrics_port
 from fedpeft.process.metrics_port import MetricsServer
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import Refusal
+from fedpeft_server.store.integrity import Corruption, Kind
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 _NORMS = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1e3, 1e4)
@@ -34,7 +35,7 @@ _BEGINNINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "last_round_bytes": (("up",), ("down",)),
     "rounds": (("committed",), ("rolled_back",), ("extended",), ("paused",), ("stopped",)),
     "round_seconds": (("open",), ("aggregating",)),
-    "updates": (("received",), ("refused",), ("late",), ("excluded",)),
+    "updates": (("received",), ("refused",), ("late",), ("excluded",), ("lost",)),
     "update_norm": ((),),
     "evaluation_backlog": ((),),
     "evaluations_failed": ((),),
@@ -143,6 +144,15 @@ class Metrics:
         )
         for why in Refusal:
             self.enrolment_refused.labels(why)
+        self.corrupt_files = Counter(
+            "fedpeft_corrupt_files",
+            "Stored files that were missing or did not have their digest when they were read, by kind: `version`, "
+            "`state`, `update`, `download` (a version encoded for clients), `copy` (of an object in a bucket).",
+            ("kind",),
+            registry=r,
+        )
+        for kind in Kind:
+            self.corrupt_files.labels(kind)
         self.lines_left_out = Counter(
             "fedpeft_log_lines_left_out",
             "Log lines about calls that were suppressed because one caller caused too many.",
@@ -271,7 +281,8 @@ class Metrics:
         r, run = self.registry, ("run",)
         self.updates = Counter(
             "fedpeft_updates",
-            "Updates by outcome: `received`, `refused`, `late`; `excluded`: received, but not aggregated.",
+            "Updates by outcome: `received`, `refused`, `late`; `excluded`: received, but not aggregated; "
+            "`lost`: received, missing or corrupt when it was to be aggregated, and asked for again.",
             ("run", "outcome"),
             registry=r,
         )
@@ -336,6 +347,10 @@ class Metrics:
         for name in _OF_CLIENTS:
             if figures.get(name, -1) >= 0:  # a client may send anything finite, and a sum must not fall
                 getattr(self, f"client_{name}").labels(run).observe(figures[name])
+
+    def corrupt(self, found: Corruption) -> None:
+        """Counts a stored file that is missing or corrupt; may be called in any thread."""
+        self.corrupt_files.labels(found.kind).inc()
 
     def committed(self, run: str, figures: Mapping[str, float]) -> None:
         """Shows the figures of the round that was committed last."""

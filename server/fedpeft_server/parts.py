@@ -152,7 +152,7 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
     background = Background(metrics, stopping.set)
     stack.enter_context(background.taking_unhandled())
     byte_counter, caller_log = ByteCounter(metrics), CallerLog(metrics, timing)
-    store = await _store(settings, timing, stack)
+    store = await _store(settings, timing, metrics, stack)
     own = await _certificates(settings, store)
     sessions = Sessions(await store.transact(store.db.clients), settings.max_clients, timing)
     stack.push_async_callback(_write_last_activity, byte_counter, sessions, store)
@@ -232,7 +232,7 @@ def _metrics(settings: Settings) -> Metrics:
     return metrics
 
 
-async def _store(settings: Settings, timing: Timing, stack: AsyncExitStack) -> Store:
+async def _store(settings: Settings, timing: Timing, metrics: Metrics, stack: AsyncExitStack) -> Store:
     """Opens the store, which is closed with the stack."""
     store = Store(
         settings.data_dir,
@@ -241,6 +241,7 @@ async def _store(settings: Settings, timing: Timing, stack: AsyncExitStack) -> S
         settings.updates,
         timing=timing,
         keep_updates=settings.keep_updates,
+        tell=metrics.corrupt,
     )
     stack.callback(store.close)
     await refuse_unwritable_stores(store, timing.versions_check_s)

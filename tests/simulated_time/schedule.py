@@ -85,6 +85,32 @@ class Full:
 
 
 @dataclass(frozen=True)
+class Rot:
+    """Updates that the server has received whole get damaged on its disk: each loses a byte, its end, or its file."""
+
+    at_s: float
+    seed: int
+
+    @property
+    def over_s(self) -> float:
+        return self.at_s
+
+    def happen(self, machines: dict[str, Any], wire: Wire, loop: Any) -> None:
+        draw = random.Random(self.seed)
+        spool = machines["server"].disk.path / "data" / "spool"
+        for path in sorted(path for path in spool.glob("*.update") if path.stat().st_size):
+            data = bytearray(path.read_bytes())
+            how = draw.choice(("spared", "byte", "end", "file"))
+            if how == "byte":
+                data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+                path.write_bytes(data)
+            elif how == "end":
+                path.write_bytes(data[: draw.randrange(len(data))])
+            elif how == "file":
+                path.unlink()
+
+
+@dataclass(frozen=True)
 class Jump:
     """The clock of a machine jumps; its process notices no more than that, and neither does the next one."""
 
@@ -136,6 +162,8 @@ class Schedule:
             return replace(cls.named(name.removeprefix("buffered ")), buffered=True, clients=(*CLIENTS, "d"))
         if name.startswith("full "):
             return cls.full(int(name.removeprefix("full ")))
+        if name.startswith("rot "):
+            return cls.rotting(int(name.removeprefix("rot ")))
         if name.isdecimal():
             return cls.drawn(int(name))
         machine, effect, *power = name.split()
@@ -158,6 +186,14 @@ class Schedule:
         ]
         faults = tuple(sorted((*made.faults, *full), key=lambda f: f.at_s))
         return replace(made, faults=faults, room_bytes=ROOM_BYTES)
+
+    @classmethod
+    def rotting(cls, seed: int) -> Schedule:
+        """Draws a schedule in which the server's disk damages updates besides."""
+        draw, made = random.Random(f"rot {seed}"), cls.drawn(seed)
+        length = 30.0 + 4 * made.longest_training_s
+        rot = [Rot(draw.uniform(1.0, length), draw.randrange(2**32)) for _ in range(draw.randint(8, 40))]
+        return replace(made, faults=tuple(sorted((*made.faults, *rot), key=lambda f: f.at_s)))
 
     @classmethod
     def drawn(cls, seed: int) -> Schedule:

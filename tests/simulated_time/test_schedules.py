@@ -91,6 +91,17 @@ def test_a_world_of_buffered_rounds_counts_each_receipt_once_and_is_replayed_to_
     assert outcome.faults == [], told(outcome)
 
 
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SCHEDULES))
+def test_a_world_with_a_disk_that_rots_ends_with_the_same_bits(
+    seed: int, hold: Hold, undisturbed: SimpleNamespace
+) -> None:
+    """A client whose update the server's disk damaged is asked for it again, and still has it."""
+    outcome = hold(f"rot {seed}")
+    assert outcome.faults == [], told(outcome)
+    assert outcome.adapter == undisturbed.adapter
+    assert seed != 1 or outcome.rotten > 0
+
+
 @pytest.mark.parametrize("how", ["", " power"], ids=["kill", "power failure"])
 @pytest.mark.parametrize("effect", range(0, EFFECTS, STEP))
 @pytest.mark.parametrize("machine", ["server", "a"])

@@ -81,6 +81,7 @@ class Outcome:
         effects: Effects on the disk of each machine in its last life.
         lost: Calls to which something happened, by what.
         history: Digest of all that all machines logged, with the times: two worlds of one seed have the same.
+        rotten: Stored files that were found to be corrupt.
         without_room: Lines that were logged about a full disk.
         ends: Errors that processes ended with because of a full disk; each was started again.
         resumed: Times that the operator resumed the run.
@@ -94,6 +95,7 @@ class Outcome:
     effects: dict[str, int] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
     history: str = ""
+    rotten: int = 0
     without_room: int = 0
     ends: list[str] = field(default_factory=list)
     resumed: int = 0
@@ -187,6 +189,7 @@ class _World:
         outcome.history = hashlib.sha256("\n".join(self._lines).encode()).hexdigest()
         outcome.ends = [f"{name}: {end}" for name, machine in self._machines.items() for end in machine.ends]
         outcome.resumed = self._resumed
+        outcome.rotten = sum("a stored file is corrupt" in line for line in self._lines)
         outcome.without_room = sum("room" in line or "No space" in line for line in self._lines)
         outcome.log = self._lines[-400:] if outcome.faults else []
         return outcome

@@ -5,9 +5,11 @@ rename to `settled-OUTCOME` commits the decision, the client's state for that ou
 and the rest is removed. A crash between any two steps is finished by `finish` at the next start: a file that is no
 longer in the settled folder has already been moved, so nothing is lost and nothing is counted twice.
 
-A counted update may still be excluded when its round closes. So its ticket, and the state for that case, stay in the
-run's folder (`counted.json`, `counted.safetensors` of the residual, `counted-GROUP.safetensors` of another group) until
-the next ticket of the run; `excluded` there names the ticket of an excluded update that was the last one.
+A counted update may still be excluded when its round closes, and the server may find that its disk lost it. So its
+ticket, its payload, and the state for the case that it does not count stay in the run's folder (`counted.json`,
+`counted.payload`, `counted.safetensors` of the residual, `counted-GROUP.safetensors` of another group) until the next
+ticket of the run; `excluded` there names the ticket of an excluded update that was the last one. Where the server gives
+the same ticket out again, `recall` makes all of it the pending update once more.
 
 update.payload                the encoded tensors
 ticket.json                   the run, the round, the policy, the header of the upload
@@ -43,7 +45,7 @@ from fedpeft_client.state.state_dir import ASIDE, BOX, DRAFT
 PAYLOAD = "update.payload"
 _SUFFIX, _IF_COUNTED, _IF_NOT = ".safetensors", "_if_counted", "_if_not"
 _RECORD = "ticket.json"
-_COUNTED, _EXCLUDED = "counted.json", "excluded"
+_COUNTED, _COUNTED_PAYLOAD, _EXCLUDED = "counted.json", "counted.payload", "excluded"
 KEPT_ASIDE = 8
 """Updates that are kept aside: each is as large as any other, and nobody may be there to look at them."""
 
@@ -167,7 +169,34 @@ class Outbox:
             raise StateInvalid(f"the pending update in {self._outbox} is damaged: {error}") from None
         if digest != manifest.sha256:
             raise StateInvalid(f"{pending.payload} does not have the digest of its manifest")
+        if self.counted(pending.run) == pending.ticket:  # it was recalled, and its files are here
+            self._forget(self._directory.run(pending.run), (_COUNTED_PAYLOAD, _COUNTED))
         return pending
+
+    def recall(self, run: str) -> bool:
+        """Makes the last update of a run that counted the pending one again, with what follows if it does not count.
+
+        Returns:
+            False if it cannot be: its payload is not here any more, or damaged.
+        """
+        folder = self._directory.run(run)
+        try:
+            record = json.loads((folder / _COUNTED).read_bytes())
+            header = json_format.ParseDict(record["header"], pb.UpdateHeader())
+            if durable.sha256(folder / _COUNTED_PAYLOAD) != header.manifest.sha256:
+                return False
+        except (OSError, KeyError, TypeError, ValueError, json_format.Error, FedpeftError):
+            return False
+        draft = self.draft()
+        shutil.copyfile(folder / _COUNTED_PAYLOAD, draft / PAYLOAD)
+        for group, file in state_dir.groups_if_excluded(folder).items():
+            shutil.copyfile(file, draft / f"{group}{_IF_NOT}{_SUFFIX}")
+        shutil.copyfile(folder / _COUNTED, draft / _RECORD)
+        for path in draft.iterdir():
+            durable.sync(path)
+        durable.sync(draft)
+        durable.move(draft, self._outbox)
+        return True
 
     def holds(self, run: str) -> bool:
         """Returns True if an update of a run waits for an answer, or for the end of its settlement; also if unsure."""
@@ -211,10 +240,14 @@ class Outbox:
     def confirm(self, run: str) -> None:
         """Settles that the last update of a run was folded."""
         folder = self._directory.run(run)
-        self._forget(folder, (_EXCLUDED, _COUNTED))
+        self._forget(folder, (_EXCLUDED, _COUNTED_PAYLOAD, _COUNTED))
 
-    def take_back(self, run: str) -> bool:
+    def take_back(self, run: str, *, faulty: bool = True) -> bool:
         """Settles that the last update of a run was excluded; a crash in the middle is mended by calling it again.
+
+        Args:
+            run: The run.
+            faulty: False if nothing was wrong with it: the server lost it.
 
         Returns:
             True if it is in the residual now; False if residual and update were dropped, because the one before it was
@@ -223,15 +256,15 @@ class Outbox:
         folder, ticket = self._directory.run(run), self.counted(run) or ""
         before = folder / _EXCLUDED
         last = before.read_text("ascii", "replace") if before.exists() else ""
-        second = last not in ("", ticket)
+        second = faulty and last not in ("", ticket)
         if second:
             state_dir.group(folder, RESIDUAL).unlink(missing_ok=True)
             state_dir.if_excluded(folder, RESIDUAL).unlink(missing_ok=True)
-        else:
+        elif faulty:
             durable.write(before, ticket.encode())
         for group, file in state_dir.groups_if_excluded(folder).items():
             durable.move(file, state_dir.group(folder, group))
-        self._forget(folder, (_COUNTED, _EXCLUDED) if second else (_COUNTED,))
+        self._forget(folder, (_COUNTED_PAYLOAD, _COUNTED, _EXCLUDED) if second else (_COUNTED_PAYLOAD, _COUNTED))
         return not second
 
     def _forget(self, folder: Path, notes: Iterable[str]) -> None:
@@ -260,6 +293,8 @@ class Outbox:
         for file in sorted(settled.glob(f"*{_SUFFIX}")):
             if (place := _place(file, folder, counted=counted)) is not None:
                 durable.move(file, place)
+        if counted and (settled / PAYLOAD).exists():
+            durable.move(settled / PAYLOAD, folder / _COUNTED_PAYLOAD)
         if counted and (settled / _RECORD).exists():
             durable.move(settled / _RECORD, folder / _COUNTED)  # last: it says that the rest is there
 

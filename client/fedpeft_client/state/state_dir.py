@@ -19,7 +19,7 @@ runs/RUN/adapter.json, ...    the adapter version held last (adapters.py)
 runs/RUN/residual.safetensors what earlier updates left unsent (error feedback)
 runs/RUN/local.safetensors    tensors that are trained here and never sent
 runs/RUN/GROUP.safetensors    any other group of tensors that is kept from round to round (fedpeft.rounds.local_job)
-runs/RUN/counted*             what holds if the last update was excluded (outbox.py)
+runs/RUN/counted*             the last update, and what holds if it was excluded, or if the server lost it (outbox.py)
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Exclusion after the receipt: a round may still exclude an update that was counted, when it closes.
+"""Exclusion after the receipt: a round may still exclude an update that was counted, when it closes, or lose it.
 
 Before a client trains for another ticket of a run it asks for the ticket before. If that update was excluded, it goes
 into the residual, as one does that came too late; if the one before it was excluded too, residual and update are
-dropped, because both would be in all that follow, and be excluded with them.
+dropped, because both would be in all that follow, and be excluded with them. One that the server lost, and that did
+not come again in time, goes into the residual in any case.
 """
 
 from __future__ import annotations
@@ -37,10 +38,14 @@ class ExclusionCheck:
             return
         try:
             standing = await self._retry.call(lambda: self._channel.get_upload(ticket, b""))
-            reason = standing.reason if standing.state == run_pb2.TICKET_STATE_REFUSED else ""
+            state, reason = standing.state, standing.reason
         except (NotFound, PermissionDenied):  # the server was set up anew
-            reason = ""
-        if not reason.startswith(UpdateExcluded.reason):
+            state, reason = run_pb2.TICKET_STATE_UNSPECIFIED, ""
+        if state in (run_pb2.TICKET_STATE_LATE, run_pb2.TICKET_STATE_WITHDRAWN):  # a receipt came before: it was lost
+            await asyncio.to_thread(self._outbox.take_back, run, faulty=False)
+            log.warning("the server lost the last update; it goes into the residual", ticket=ticket, cause=reason[:500])
+            return
+        if state != run_pb2.TICKET_STATE_REFUSED or not reason.startswith(UpdateExcluded.reason):
             await asyncio.to_thread(self._outbox.confirm, run)
             return
         kept = await asyncio.to_thread(self._outbox.take_back, run)

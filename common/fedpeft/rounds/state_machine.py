@@ -10,8 +10,8 @@ paused. OPEN takes updates until as many are there as the round wants
 the deadline with a quorum. A deadline without a quorum extends the round: what was received stays,
 replacements are sampled, and tickets stay good. After the last extension the run is paused. AGGREGATING takes nothing
 more; an update that turns out not to be one that can be folded is excluded, and where none is left the round is OPEN
-again. A round that was stopped stays as it is, whatever comes after. `fedpeft.rounds.transitions` says what each step
-changes of the run.
+again. So it is where the server's disk lost an update: its client gets its ticket again. A round that was stopped stays
+as it is, whatever comes after. `fedpeft.rounds.transitions` says what each step changes of the run.
 
 Where tickets outlive their round (`RoundPolicy.one_version` is False) the next round is OPEN as soon as there is one,
 if anybody still works, and else for whoever comes first; a round takes updates until the goal, or the deadline with a
@@ -176,6 +176,13 @@ class Excluded:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """Received updates whose bytes are not there any more: the reasons by ticket. Their clients send them again."""
+
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Aggregated:
     """The result is durable."""
 
@@ -203,6 +210,7 @@ Event = (
     | Paused
     | Resumed
     | Excluded
+    | Lost
     | Aggregated
     | RolledBack
     | Stopped
@@ -310,7 +318,7 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
         TicketClosed: If an update comes for a ticket that was withdrawn or refused.
     """
     match event:
-        case Waiting() | TimePassed() | Paused() | Resumed() | Excluded() | Aggregated() | RolledBack() if (
+        case Waiting() | TimePassed() | Paused() | Resumed() | Excluded() | Lost() | Aggregated() | RolledBack() if (
             state.stopped
         ):
             return state, ()
@@ -330,6 +338,8 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
             return _resumed(state, config, now)
         case Excluded(reasons):
             return _excluded(state, reasons, config, now)
+        case Lost(reasons):
+            return _lost(state, reasons, config, now)
         case Aggregated():
             return (replace(state, phase=Phase.COMMITTED), ()) if state.phase is Phase.AGGREGATING else (state, ())
         case RolledBack(to):
@@ -413,7 +423,7 @@ def _received(state: Round, ticket_id: str, config: RoundsConfig) -> Step:
         )
     if state.phase is not Phase.OPEN or ticket.state is TicketState.LATE:
         raise RoundClosed(f"round {state.number} of {state.run} has closed; keep the update for the next round")
-    state = _set_ticket(state, replace(ticket, state=TicketState.RECEIVED))
+    state = _set_ticket(state, replace(ticket, state=TicketState.RECEIVED, reason=""))
     if state.tickets.number(TicketState.RECEIVED) >= config.clients:
         return _aggregate(state, config)
     return state, ()
@@ -483,6 +493,17 @@ def _excluded(state: Round, reasons: Mapping[str, str], config: RoundsConfig, no
     if not left.tickets.number(TicketState.RECEIVED):
         left = replace(left, phase=Phase.OPEN, deadline=now + config.deadline_s)
     return left, ()
+
+
+def _lost(state: Round, reasons: Mapping[str, str], config: RoundsConfig, now: float) -> Step:
+    lost = {t.id for t in state.in_state(TicketState.RECEIVED) if t.id in reasons}
+    if state.phase is not Phase.AGGREGATING or not lost:
+        return state, ()
+    tickets = Tickets(
+        replace(t, state=TicketState.ISSUED, reason=reasons[t.id], generation=state.extensions) if t.id in lost else t
+        for t in state.tickets
+    )
+    return replace(state, tickets=tickets, phase=Phase.OPEN, deadline=now + config.deadline_s), ()
 
 
 def _rolled_back(state: Round, to: int) -> Step:

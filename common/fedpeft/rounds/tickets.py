@@ -33,7 +33,7 @@ class Ticket:
         id: See `ticket_id`.
         client: The client's id.
         state: Its state.
-        reason: Reason for which it is no longer good, if it is not.
+        reason: Reason for which it is no longer good, if it is not, or was given out again.
         generation: The round's extensions when it was issued, 0 for all once it was resumed; -1 for those that had been
             given back by then.
         base_version: The adapter version that its update starts from.

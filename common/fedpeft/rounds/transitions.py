@@ -77,7 +77,7 @@ class Effects:
     """Consequences of a status in place of another one, whoever made the transitions between.
 
     Attributes:
-        issued: Tickets that are new, and can be used.
+        issued: Tickets that can be used, and are new or given out again.
         fold: True if the round is to be folded from now on.
         committed: True if there is a newer version.
         ended: True if the run is over since then.
@@ -99,8 +99,9 @@ class Changes:
         round: The round that it writes; where it commits a round, that one, and `after` has the one that follows.
         writes_round: False if nothing of the round changes but tickets.
         tickets: The tickets that are new, or changed.
-        replaced: Closed tickets of earlier rounds in whose place their clients have new ones.
         uncounted: Clients whose updates had been received and do not count any more.
+        again: Ids of their tickets that were given out again: what was received for them is not there any more.
+        replaced: Closed tickets of earlier rounds in whose place their clients have new ones.
     """
 
     before: RunStatus
@@ -109,6 +110,7 @@ class Changes:
     writes_round: bool
     tickets: tuple[Ticket, ...]
     uncounted: tuple[str, ...]
+    again: tuple[str, ...] = ()
     replaced: tuple[Ticket, ...] = ()
 
     @property
@@ -134,7 +136,9 @@ def transition(status: RunStatus, events: Iterable[Event], config: RoundsConfig,
 def changes(before: RunStatus, after: RunStatus, config: RoundsConfig, now: float) -> Changes:
     """Returns what leads from a status to another one of the same round; its revision is the next in any case."""
     changed = list(after.round.tickets.changes_since(before.round.tickets))
-    uncounted = tuple(new.client for old, new in changed if old is not None and old.state is TicketState.RECEIVED)
+    revoked = [new for old, new in changed if old is not None and old.state is TicketState.RECEIVED]
+    uncounted = tuple(ticket.client for ticket in revoked)
+    again = tuple(ticket.id for ticket in revoked if ticket.state is TicketState.ISSUED)
     is_other = (before.state, before.reason, before.version) != (after.state, after.reason, after.version)
     writes = is_other or before.round.without_tickets != after.round.without_tickets
     held = (before.round.ticket_of(new.client) for old, new in changed if old is None or old.id != new.id)
@@ -143,7 +147,8 @@ def changes(before: RunStatus, after: RunStatus, config: RoundsConfig, now: floa
     if after.state is RunState.PAUSED and current is not after.round:
         current = replace(current, deadline=None)
     moved = replace(after, revision=before.revision + 1, round=current)
-    return Changes(before, moved, after.round, writes, tuple(new for _, new in changed), uncounted, replaced)
+    new_tickets = tuple(new for _, new in changed)
+    return Changes(before, moved, after.round, writes, new_tickets, uncounted, again, replaced)
 
 
 def in_progress(newest: Round, config: RoundsConfig, now: float, *, active: bool) -> Round:
@@ -167,7 +172,11 @@ def effects(before: RunStatus, after: RunStatus) -> Effects:
 def _issued(before: Tickets, after: Tickets) -> tuple[Ticket, ...]:
     if not after.has_gained(before):
         return ()
-    return tuple(t for t in after if t.state is TicketState.ISSUED and before.find(t.id) is None)
+    return tuple(t for t in after if t.state is TicketState.ISSUED and not _was_out(before.find(t.id)))
+
+
+def _was_out(ticket: Ticket | None) -> bool:
+    return ticket is not None and ticket.state is TicketState.ISSUED
 
 
 def _after(status: RunStatus, event: Event, config: RoundsConfig, now: float) -> RunStatus:

@@ -337,6 +337,11 @@ class FederationServiceServicer:
         (AggregationConfig.norm_factor): its ticket, RECEIVED so far, becomes REFUSED with a reason that begins with
         UPDATE_EXCLUDED. It is then treated as one that came too late: it goes into the residual. A client finds out with
         GetUpload before it trains for its next ticket of the run.
+
+        A receipt outlives a crash, not a disk that damages what it holds. A server that finds a received update damaged before
+        its round is committed gives the ticket out again: its state is ISSUED, and AwaitRound returns the same task to its
+        client. One that still has the payload sends it again as it was, without training; one that has not treats the update
+        as not counted, and withdraws the ticket. So keep a payload until the next ticket of the run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

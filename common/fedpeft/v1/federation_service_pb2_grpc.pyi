@@ -180,6 +180,11 @@ class FederationServiceStub:
     (AggregationConfig.norm_factor): its ticket, RECEIVED so far, becomes REFUSED with a reason that begins with
     UPDATE_EXCLUDED. It is then treated as one that came too late: it goes into the residual. A client finds out with
     GetUpload before it trains for its next ticket of the run.
+
+    A receipt outlives a crash, not a disk that damages what it holds. A server that finds a received update damaged before
+    its round is committed gives the ticket out again: its state is ISSUED, and AwaitRound returns the same task to its
+    client. One that still has the payload sends it again as it was, without training; one that has not treats the update
+    as not counted, and withdraws the ticket. So keep a payload until the next ticket of the run.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.GetUploadRequest, _federation_service_pb2.GetUploadResponse]
     """GetUpload says where an upload stands. A client that trains asks every 10 seconds, with no digest, whether its ticket's
@@ -409,6 +414,11 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         (AggregationConfig.norm_factor): its ticket, RECEIVED so far, becomes REFUSED with a reason that begins with
         UPDATE_EXCLUDED. It is then treated as one that came too late: it goes into the residual. A client finds out with
         GetUpload before it trains for its next ticket of the run.
+
+        A receipt outlives a crash, not a disk that damages what it holds. A server that finds a received update damaged before
+        its round is committed gives the ticket out again: its state is ISSUED, and AwaitRound returns the same task to its
+        client. One that still has the payload sends it again as it was, without training; one that has not treats the update
+        as not counted, and withdraws the ticket. So keep a payload until the next ticket of the run.
         """
 
     @_abc_1.abstractmethod

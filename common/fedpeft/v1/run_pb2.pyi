@@ -95,7 +95,9 @@ class _TicketStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TicketSta
     TICKET_STATE_UNSPECIFIED: _TicketState.ValueType  # 0
     """Never sent."""
     TICKET_STATE_ISSUED: _TicketState.ValueType  # 1
-    """Given to the client; its update is awaited."""
+    """Given to the client; its update is awaited. So it is once more after RECEIVED, while the round is not committed, if the
+    server's disk lost the update.
+    """
     TICKET_STATE_RECEIVED: _TicketState.ValueType  # 2
     """The update is durable and is counted in this round."""
     TICKET_STATE_WITHDRAWN: _TicketState.ValueType  # 3
@@ -111,7 +113,9 @@ class TicketState(_TicketState, metaclass=_TicketStateEnumTypeWrapper):
 TICKET_STATE_UNSPECIFIED: TicketState.ValueType  # 0
 """Never sent."""
 TICKET_STATE_ISSUED: TicketState.ValueType  # 1
-"""Given to the client; its update is awaited."""
+"""Given to the client; its update is awaited. So it is once more after RECEIVED, while the round is not committed, if the
+server's disk lost the update.
+"""
 TICKET_STATE_RECEIVED: TicketState.ValueType  # 2
 """The update is durable and is counted in this round."""
 TICKET_STATE_WITHDRAWN: TicketState.ValueType  # 3
@@ -791,7 +795,7 @@ class CodecConfig(_message.Message):
 
     (4) The next residual depends on what becomes of the update. Counted (a receipt, or UPDATE_DIFFERS, for that other update
     was made of the same residual): target - sent. Not counted (ROUND_CLOSED, TICKET_CLOSED, withdrawn, LATE, or REFUSED with
-    a reason that begins with UPDATE_EXCLUDED, which comes after the receipt): target. Wrong (PAYLOAD_INVALID), or
+    a reason that begins with UPDATE_EXCLUDED; each of them also after the receipt): target. Wrong (PAYLOAD_INVALID), or
     UPDATE_EXCLUDED a second time in a row: zero, for what made it wrong may be in the residual.
 
     A residual belongs to one run. It outlives the client's process and changes in one step with the answer. That of a

@@ -196,33 +196,35 @@ class Federation(pb_grpc.FederationServiceServicer):
         training = self._sessions.role(client) == "trainer"
         number = round_from(request.version) if training else request.version
         self._byte_counter.assign(engine.run.id, number, client, training=training)
-        with self._runs.progress.noting_refusals(engine.run.id, client, State.TRAINING):
-            encoded = await self._encoded(engine.run, request.version)
-            have = request.have_version if request.HasField("have_version") else None
-            manifest, selection = encoded.manifest, encoded.selection(engine.run.spec, have)
-            size = selection.size_bytes
-            if request.offset > size:
-                text = f"is {request.offset}; {size} bytes are sent"
-                raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
-            held = request.have_sha256 == manifest.sha256
-            header = pb.PullHeader(version=request.version, manifest=encoded.described, up_to_date=held)
-            if size < manifest.payload_bytes and not held:
-                header.tensors.extend(selection.tensors)
-            yield pb.PullAdapterResponse(header=header)
-            if held:
-                return
-            if request.offset:
-                await self._byte_counter.resumed(self._store, request.offset)
-            key = version_key(engine.run.id, request.version, encoded.row.source, encoded.row.draw)
-            opening = partial(self._store.download_cache.open, engine.run, encoded.row, key, selection)
-            async with self._downloads.take(client) as slot, self._store.opened_late(opening) as file:
-                CALL.get().slot = slot
-                for offset, length in chunks(request.offset, size):
-                    if offset > request.offset:
-                        slot.check()
-                    yield await self._chunks.get((manifest.sha256, selection), file, offset, length)
-                    # Only now: were it booked before, a payload could be in the database whose message was never sent.
-                    self._byte_counter.payload("down", engine.run.config.codec.down, length)
+        refusals = self._runs.progress.noting_refusals(engine.run.id, client, State.TRAINING)
+        async with engine.noting_corruption(request.version):
+            with refusals:
+                encoded = await self._encoded(engine.run, request.version)
+                have = request.have_version if request.HasField("have_version") else None
+                manifest, selection = encoded.manifest, encoded.selection(engine.run.spec, have)
+                size = selection.size_bytes
+                if request.offset > size:
+                    text = f"is {request.offset}; {size} bytes are sent"
+                    raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
+                held = request.have_sha256 == manifest.sha256
+                header = pb.PullHeader(version=request.version, manifest=encoded.described, up_to_date=held)
+                if size < manifest.payload_bytes and not held:
+                    header.tensors.extend(selection.tensors)
+                yield pb.PullAdapterResponse(header=header)
+                if held:
+                    return
+                if request.offset:
+                    await self._byte_counter.resumed(self._store, request.offset)
+                key = version_key(engine.run.id, request.version, encoded.row.source, encoded.row.draw)
+                opening = partial(self._store.download_cache.open, engine.run, encoded.row, key, selection)
+                async with self._downloads.take(client) as slot, self._store.opened_late(opening) as file:
+                    CALL.get().slot = slot
+                    for offset, length in chunks(request.offset, size):
+                        if offset > request.offset:
+                            slot.check()
+                        yield await self._chunks.get((manifest.sha256, selection), file, offset, length)
+                        # Only now: were it booked before, the database could have a payload that was never sent.
+                        self._byte_counter.payload("down", engine.run.config.codec.down, length)
 
     async def _encoded(self, run: RunRow, version: int) -> Encoded:
         """Returns a version as it goes to clients; its row never changes, so one that is encoded needs no look."""

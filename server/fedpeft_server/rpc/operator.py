@@ -18,7 +18,6 @@ from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest, chunks
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.errors import (
-    BlobCorrupt,
     ChunkInvalid,
     ClientNotFound,
     ConfigInvalid,
@@ -54,6 +53,7 @@ from fedpeft_server.runs.aggregation import run_header
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.open_file import OpenFile
+from fedpeft_server.store.integrity import Kind
 from fedpeft_server.store.rows import ClientRow, Place, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key, version_key
 from fedpeft_server.timing import Timing
@@ -202,7 +202,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         number = request.version if request.HasField("version") else engine.run.version
         row = await self._store.transact(self._store.db.version, engine.run.id, number)
         key = version_key(engine.run.id, number, row.source, row.draw)
-        async with self._store.opened(self._checked, key, row) as file:
+        async with engine.noting_corruption(number), self._store.opened(self._checked, key, row) as file:
             if request.offset > row.size_bytes:
                 text = f"is {request.offset}; the file has {row.size_bytes} bytes"
                 raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
@@ -219,18 +219,8 @@ class Operator(pb_grpc.OperatorServiceServicer):
         Raises:
             BlobCorrupt: If it does not have its digest.
         """
-        with self._store.blobs.local(key) as path:
-            file = OpenFile(path)
-        try:
-            if file.sha256() == row.sha256:
-                return file
-            raise BlobCorrupt(
-                f"the stored version {row.version} of {row.run} does not have its recorded digest; "
-                f"restore blob {key} from a backup"
-            )
-        except BaseException:
-            file.close()
-            raise
+        with self._store.blobs.verified(key, row.sha256, Kind.VERSION) as path:
+            return OpenFile(path)
 
     async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
         """Shows every client that ever registered, a page at a time."""

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import structlog
 
 from fedpeft.adapters import adapter_file
-from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, VersionNotFound
+from fedpeft.errors import BlobCorrupt, DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, VersionNotFound
 from fedpeft.privacy.accounting import BudgetSpent
 from fedpeft.privacy.central import central_of
 from fedpeft.privacy.events import Event
@@ -29,7 +29,7 @@ from fedpeft.process.durable import create_eagerly
 from fedpeft.rounds import conduct, screening
 from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, fold_round, roll_back
 from fedpeft.rounds.screening import Extent
-from fedpeft.rounds.state_machine import Aggregated, Excluded, Paused, Round
+from fedpeft.rounds.state_machine import Aggregated, Excluded, Lost, Paused, Round
 from fedpeft.rounds.state_machine import Event as RoundEvent
 from fedpeft.rounds.tickets import TicketState
 from fedpeft.rounds.transitions import RunState, RunStatus
@@ -38,6 +38,7 @@ from fedpeft_server.runs import audit_trail
 from fedpeft_server.runs.actor import SERVER, RunActor
 from fedpeft_server.runs.fold_lease import FoldLease
 from fedpeft_server.runs.round_log import RoundLog
+from fedpeft_server.store.integrity import Kind
 from fedpeft_server.store.rows import LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, state_key, state_prefix, version_key, version_prefix
 from fedpeft_server.timing import Timing
@@ -48,6 +49,27 @@ log = structlog.get_logger()
 def run_header(run: RunRow) -> RunHeader:
     """Returns what all versions of a run have in common."""
     return RunHeader(run.id, run.config, run.spec, run.backbone_fingerprint)
+
+
+LOST = "the server lost the update"
+"""First words of the reason of a ticket that is given out again."""
+_HINTS: Mapping[type[FedpeftError], str] = {
+    DiskFull: "make room and resume the run",
+    BlobCorrupt: "then resume the run, or roll it back to an earlier version",
+}
+"""Advice to operators, by the error that keeps a round from being folded."""
+
+
+class UpdatesLost(Exception):
+    """The bytes of received updates are missing or corrupt.
+
+    Attributes:
+        reasons: By ticket, why it is given out again.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__("; ".join(reasons.values()))
+        self.reasons = dict(reasons)
 
 
 def aggregate(
@@ -74,36 +96,64 @@ def aggregate(
 
     Raises:
         BlobCorrupt: If the base version is not what was stored.
+        UpdatesLost: If updates are not what was received.
         RoundEmptied: If no update can be folded.
         BudgetSpent: If the run may not publish another round.
         DiskFull: If there is no room for the result.
     """
     number = current.number
     with ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
-        updates = []
-        for ticket in current.in_state(TicketState.RECEIVED):
-            row = received[ticket.id]
-            data = stack.enter_context(store.updates.open(ticket.id, row.manifest.sha256))
-            facts = ticket.id, ticket.client, row.examples, row.metrics, row.manifest, data, row.norm
-            updates.append(Update(*facts, current.staleness(ticket)))
-        old = Stored(
-            stack.enter_context(store.blobs.local(version_key(run.id, base.version, base.source, base.draw))),
-            base.sha256,
-        )
-        state = None
-        if base.state_sha256:
-            path = stack.enter_context(store.blobs.local(state_key(run.id, base.version, base.source, base.draw)))
-            state = Stored(path, base.state_sha256)
-        outcome = fold_round(
-            run_header(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past, ledger=ledger
-        )
+        updates = _opened(current, received, store, stack)
+        old, state = _stored(run, base, store, stack)
+        facts = run_header(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past
+        try:
+            outcome = fold_round(*facts, ledger=ledger)
+        except BlobCorrupt:  # of a file that was verified before: it is reported and set aside as any other
+            store.distrust(base)
+            _stored(run, base, store, stack)
+            raise
         draw = secrets.token_hex(8) if central_of(run.config) else ""
         if outcome.state_sha256:
-            store.blobs.put(state_key(run.id, number, draw=draw), Path(scratch, "state"))
-        store.blobs.put(version_key(run.id, number, draw=draw), Path(scratch, "adapter"))
+            store.blobs.put(state_key(run.id, number, draw=draw), Path(scratch, "state"), outcome.state_sha256)
+        store.blobs.put(version_key(run.id, number, draw=draw), Path(scratch, "adapter"), outcome.adapter.sha256)
     adapter = outcome.adapter
-    written = adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time()
-    return Result(VersionRow(run.id, number, *written, draw=draw), outcome)
+    made = adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time()
+    return Result(VersionRow(run.id, number, *made, draw=draw), outcome)
+
+
+def _opened(current: Round, received: Mapping[str, UpdateRow], store: Store, stack: ExitStack) -> list[Update]:
+    """Returns the received updates of a round, mapped for as long as `stack` is open.
+
+    Raises:
+        UpdatesLost: If some are not what was received.
+    """
+    updates, lost = [], {}
+    for ticket in current.in_state(TicketState.RECEIVED):
+        row = received[ticket.id]
+        try:
+            data = stack.enter_context(store.updates.open(ticket.id, row.manifest.sha256))
+        except BlobCorrupt as error:
+            lost[ticket.id] = f"{LOST}: {error.message}"
+            continue
+        facts = ticket.id, ticket.client, row.examples, row.metrics, row.manifest, data, row.norm
+        updates.append(Update(*facts, current.staleness(ticket)))
+    if lost:
+        raise UpdatesLost(lost)
+    return updates
+
+
+def _stored(run: RunRow, version: VersionRow, store: Store, stack: ExitStack) -> tuple[Stored, Stored | None]:
+    """Returns the verified files of a version and of its state, which stay for as long as `stack` is open.
+
+    Raises:
+        BlobCorrupt: If one is not what was stored.
+    """
+    place = run.id, version.version, version.source, version.draw
+    path = stack.enter_context(store.blobs.verified(version_key(*place), version.sha256, Kind.VERSION))
+    if not version.state_sha256:
+        return Stored(path, version.sha256), None
+    state = stack.enter_context(store.blobs.verified(state_key(*place), version.state_sha256, Kind.STATE))
+    return Stored(path, version.sha256), Stored(state, version.state_sha256)
 
 
 def forget_other_draws(version: VersionRow, store: Store) -> None:
@@ -139,10 +189,7 @@ def go_back(
         DiskFull: If there is no room for the result.
     """
     with ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
-        old = Stored(
-            stack.enter_context(store.blobs.local(version_key(run.id, source.version, source.source, source.draw))),
-            source.sha256,
-        )
+        old, state = _stored(run, source, store, stack)
         parts = (
             source.version,
             old,
@@ -154,10 +201,10 @@ def go_back(
             epsilon,
         )
         outcome = roll_back(run_header(run), number, *parts)
-        if source.state_sha256:
-            kept = stack.enter_context(store.blobs.local(state_key(run.id, source.version, source.source, source.draw)))
-            stack.enter_context(adapter_file.open_state(kept, source.state_sha256))
-            store.blobs.put(state_key(run.id, number, source.version), shutil.copyfile(kept, Path(scratch, "state")))
+        if state:
+            copy = shutil.copyfile(state.path, Path(scratch, "state"))
+            adapter_file.check_digest(copy, state.sha256)
+            store.blobs.put(state_key(run.id, number, source.version), copy, state.sha256)
         store.blobs.put(version_key(run.id, number, source.version), Path(scratch, "adapter"))
     adapter = outcome.adapter
     facts = adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time(), source.version
@@ -240,11 +287,10 @@ class Folding:
                 result = await self._fold_round(folding)
                 committed = await self._actor.call(lambda: self._commit(folding, result, began, epoch))
         except RoundEmptied as emptied:
-            excluded = emptied.excluded
-            try:
-                await self._actor.call(lambda: self._reopen(folding, excluded))
-            except Exception as error:
-                await self._fail(folding, error)
+            await self._reopen(folding, Excluded(emptied.excluded))
+            return
+        except UpdatesLost as lost:
+            await self._reopen(folding, Lost(lost.reasons))
             return
         except BudgetSpent as spent:
             reason = str(spent)
@@ -309,16 +355,26 @@ class Folding:
             self._log.warning("run paused", reason=outcome.overspent)
         return True
 
-    async def _reopen(self, folding: Round, excluded: Mapping[str, str]) -> None:
-        """Goes on with a round of which no update can be folded: others are sampled, as for any that was refused."""
+    async def _reopen(self, folding: Round, event: Excluded | Lost) -> None:
+        """Goes on with a round that cannot be folded: others are sampled, or clients whose updates got lost are asked.
+
+        A round that is folded by another server meanwhile stays as it is.
+        """
+        is_lost = isinstance(event, Lost)
+        say, tell = (
+            (audit_trail.lost, self._round_log.lost) if is_lost else (audit_trail.excluded, self._round_log.excluded)
+        )
 
         async def decide(status: RunStatus) -> Transition | None:
-            if not _is_folding(status, folding) or not (changes := self._actor.changes(status, Excluded(excluded))):
+            if not _is_folding(status, folding) or not (changes := self._actor.changes(status, event)):
                 return None
-            return Transition(changes, audit_events=audit_trail.excluded(status.round, excluded, SERVER))
+            return Transition(changes, audit_events=say(status.round, event.reasons, SERVER))
 
-        if await self._actor.transit(decide):
-            self._round_log.excluded(folding, excluded)
+        try:
+            if await self._actor.call(lambda: self._actor.transit(decide)):
+                tell(folding, event.reasons)
+        except Exception as error:
+            await self._fail(folding, error)
 
     async def _fail(self, folding: Round, error: Exception) -> None:
         """Pauses the run, because its round cannot be folded here."""
@@ -326,7 +382,9 @@ class Folding:
             raise error
         message = error.message if isinstance(error, FedpeftError) else f"{type(error).__name__}: {error}"
         self._log.error("aggregation failed", round=folding.number, exc_info=error)
-        hint = "make room and resume the run" if isinstance(error, DiskFull) else "see the log, then resume the run"
+        hint = next(
+            (hint for kind, hint in _HINTS.items() if isinstance(error, kind)), "see the log, then resume the run"
+        )
         reason = f"round {folding.number} could not be folded: {message}; {hint}"
         await self._actor.call(lambda: self._pause(folding, reason))
 

@@ -36,6 +36,11 @@ def excluded(current: Round, why: Mapping[str, str], by: str) -> list[AuditEvent
     return [of_ticket(current, t, "update.excluded", why[t.id], by) for t in current.tickets if t.id in why]
 
 
+def lost(current: Round, why: Mapping[str, str], by: str) -> list[AuditEvent]:
+    """Returns the audit events of updates whose bytes are not there any more; `why` is by ticket."""
+    return [of_ticket(current, t, "update.lost", why[t.id], by) for t in current.tickets if t.id in why]
+
+
 def committed(folded: Round, done: Round, outcome: Outcome, aside: Sequence[str], by: str) -> list[AuditEvent]:
     """Returns the audit events of a committed round, those of updates left out excepted; `aside` are set aside."""
     details: dict[str, Detail] = {

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import structlog
 
-from fedpeft.errors import FedpeftError, TicketNotFound, VersionBeingMade, VersionNotFound
+from fedpeft.errors import BlobCorrupt, FedpeftError, TicketNotFound, VersionBeingMade, VersionNotFound
 from fedpeft.identity.audit import Detail
 from fedpeft.privacy.central import central_of
 from fedpeft.privacy.statement import EPSILON
@@ -25,7 +25,7 @@ from fedpeft.rounds.transitions import ACTIVE, RunStatus, changes, effects
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs import receipts
-from fedpeft_server.runs.actor import RunActor
+from fedpeft_server.runs.actor import SERVER, RunActor
 from fedpeft_server.runs.aggregation import Folding, go_back
 from fedpeft_server.runs.gauges import RunGauges
 from fedpeft_server.runs.lobby import Lobby
@@ -39,6 +39,8 @@ from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
 
 log = structlog.get_logger()
+
+_OR_BACK = ", or roll it back to an earlier version"
 
 
 class RunEngine:
@@ -86,6 +88,8 @@ class RunEngine:
         self._timing = timing
         self._waiting: list[Receipt] = []
         self._moved = asyncio.Event()  # set at the next change of the run
+        self._corrupt: set[tuple[int, str]] = set()
+        """Versions of which the audit log was told that they are corrupt, and the words; once is enough."""
         self._timer: asyncio.TimerHandle | None = None
         self._log = log.bind(run=run.id)
         self._round_log = RoundLog(run.id, metrics)
@@ -237,6 +241,29 @@ class RunEngine:
         """Lets no new round open; `by` is who asked for it."""
         event = state_machine.Paused(reason or "paused by the operator")
         await self.actor.call(lambda: self.actor.advance(event, by=by))
+
+    @asynccontextmanager
+    async def noting_corruption(self, version: int) -> AsyncIterator[None]:
+        """Records in the block that the file of a version is missing or corrupt; pauses the run if it is the newest."""
+        try:
+            yield
+        except BlobCorrupt as error:
+            with self._background.attempt("files", self.run.id):
+                await self._note_corrupt(version, error)
+            raise
+
+    @shielded
+    async def _note_corrupt(self, version: int, error: BlobCorrupt) -> None:
+        if version == self.run.version and self.run.state is RunState.RUNNING:
+            reason = f"{error.message}; then resume the run" + ("" if version == 0 else _OR_BACK)
+            if await self.actor.call(lambda: self.actor.advance(state_machine.Paused(reason))):
+                self._metrics.rounds.labels(self.run.id, "paused").inc()
+            return
+        if (version, error.message) in self._corrupt or self.run.state is RunState.PAUSED:
+            return
+        self._corrupt.add((version, error.message))
+        said = AuditEvent(SERVER, "version.corrupt", self.run.id, {"version": version, "reason": error.message})
+        await self._store.transact(self._store.db.transactions.write, said)
 
     async def resume(self, by: str) -> None:
         """Lets rounds open again, a round out of extensions with a fresh deadline; `by` is who asked for it."""

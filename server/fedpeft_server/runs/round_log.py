@@ -63,6 +63,18 @@ class RoundLog:
                     "update excluded", round=folded.number, client=ticket.client, cause=reasons[ticket.id]
                 )
 
+    def lost(self, folded: Round, reasons: Mapping[str, str]) -> None:
+        """Logs the updates whose bytes are not there any more; `reasons` are by ticket."""
+        self._metrics.updates.labels(self._run, "lost").inc(len(reasons))
+        for ticket in folded.tickets:
+            if ticket.id in reasons:
+                self._log.error(
+                    "update lost on the server; its client is asked for it again",
+                    round=folded.number,
+                    client=ticket.client,
+                    cause=reasons[ticket.id],
+                )
+
     def committed(self, done: Round, outcome: Outcome, at: float, seconds: float) -> None:
         """Logs that a round was committed at a time, seconds since the epoch, and the seconds of its fold."""
         self._metrics.rounds.labels(self._run, "committed").inc()

@@ -3,6 +3,7 @@
     TICKET.DIGEST.part      what has arrived so far of the payload with that SHA-256
     TICKET.DIGEST.update    the whole payload: its length, digest and values are checked and its bytes durable
     TICKET.DIGEST.manifest  beside an update that is kept for good: the `tensor.Manifest` that describes it, serialized
+    TICKET.DIGEST.update.N.corrupt   an update that was found to have another digest; nothing removes it
 
 Names carry the digest, so that what is held needs no second file to say what it is a part of. A `.update` proves no
 receipt; that is the database's to say.
@@ -22,10 +23,12 @@ from typing import TYPE_CHECKING
 
 from fedpeft import ids
 from fedpeft.adapters.payload import Manifest
-from fedpeft.errors import StateInvalid, TicketNotFound, UpdateDiffers
+from fedpeft.errors import BlobCorrupt, StoreUnavailable, TicketNotFound, UpdateDiffers
 from fedpeft.process.durable import make_folder, refusals, sync
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rpc.wire import manifest_to_proto
+from fedpeft_server.store import integrity
+from fedpeft_server.store.integrity import Corruption, Integrity, Kind
 from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.spool_writer import Owner, SpoolWriter
 
@@ -66,13 +69,15 @@ class Spool:
     Args:
         folder: Made if it does not exist. One process uses it at a time.
         keep_manifests: True to write the manifest of an update beside it, durable before the update is.
+        files: Files known to be verified, and the reports of those that are corrupt.
 
     Raises:
         StateInvalid: If the folder cannot be made or read.
     """
 
-    def __init__(self, folder: Path, *, keep_manifests: bool = False) -> None:
+    def __init__(self, folder: Path, *, keep_manifests: bool = False, files: Integrity | None = None) -> None:
         self._folder = folder
+        self._files = files or Integrity()
         self._keep_manifests = keep_manifests
         self._locks = [threading.RLock() for _ in range(LOCKS)]
         self._held: dict[str, _Held] = {}
@@ -148,6 +153,8 @@ class Spool:
             if held is not None and held.digest != manifest.sha256.hex():
                 self._discard(ticket, held)
                 held = None
+            if held is not None and held.whole and self._is_corrupt(ticket, held):
+                held = None
             if held is None:
                 path = self._folder / f"{ticket}.{manifest.sha256.hex()}.part"
                 held = _Held(path, manifest.sha256.hex(), whole=False)
@@ -209,6 +216,7 @@ class Spool:
                 whole = held.path.with_suffix(".update")
                 held.path.rename(whole)
                 held = _Held(whole, held.digest, whole=True)
+            self._files.note(held.path, held.digest)
             self._held[writer.ticket] = _Held(held.path, held.digest, whole=True, settled=True)
             self._digests.pop(writer.ticket, None)
             del self._writers[writer.ticket]
@@ -232,15 +240,36 @@ class Spool:
     def open(self, ticket: str, sha256: bytes) -> Iterator[memoryview]:
         """Maps the whole update of a ticket into memory, read-only.
 
+        One that is not what was received is reported and set aside, so that it can be received again.
+
         Raises:
-            StateInvalid: If it is not there, or has another digest.
+            BlobCorrupt: If it is not there, or has another digest.
+            StoreUnavailable: If the folder itself is not there.
         """
         held = self._held.get(ticket)
         if held is None or not self.is_whole(ticket, sha256):
-            raise StateInvalid(f"the update of ticket {ticket} is not in {self._folder}; restore the data directory")
-        with store_refusals(f"reading the update of {ticket}"):
+            lost = Corruption(Kind.UPDATE, f"{ticket}.{sha256.hex()}.update", sha256.hex(), integrity.MISSING)
+            self._files.report(lost)
+            raise BlobCorrupt(f"the update of ticket {ticket} is not in {self._folder}")
+        with self._lock_of(ticket), store_refusals(f"reading the update of {ticket}"):
+            if self._is_corrupt(ticket, held):
+                raise BlobCorrupt(f"the update of ticket {ticket} in {self._folder} is not what was received")
             view = mapped(held.path)
         yield view
+
+    def _is_corrupt(self, ticket: str, held: _Held) -> bool:
+        """Returns True if a whole update is not what was received; it is set aside then, and held no more."""
+        fault = self._files.fault(held.path, held.digest)
+        if not fault:
+            return False
+        if not self._folder.is_dir():
+            raise StoreUnavailable(f"{self._folder} is not there; mount its disk")
+        aside = integrity.set_aside(held.path)
+        self._files.report(Corruption(Kind.UPDATE, held.path.name, held.digest, fault, aside))
+        self._writers.pop(ticket, None)
+        if self._held.get(ticket) is held:
+            del self._held[ticket]
+        return True
 
     def remove(self, ticket: str) -> None:
         """Removes what is held of a ticket, if anything; its writer may write no more."""

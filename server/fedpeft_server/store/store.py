@@ -22,6 +22,8 @@ from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 from fedpeft_server.store.database import Database
+from fedpeft_server.store.integrity import Corruption, Integrity
+from fedpeft_server.store.rows import VersionRow
 from fedpeft_server.store.shared_transaction import SharedTransaction
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.transactions import READERS
@@ -70,6 +72,7 @@ class Store:
         updates: URL or folder of an object store where whole updates lie too, or empty for the data folder alone.
         timing: Longest wait of a transaction for a lock of another program.
         keep_updates: True to keep counted updates in the spool after their round.
+        tell: Called, in any thread, with each stored file that is found to be corrupt.
 
     Attributes:
         clock: The time on the database's clock.
@@ -89,6 +92,7 @@ class Store:
         *,
         timing: Timing,
         keep_updates: bool,
+        tell: Callable[[Corruption], object] = lambda found: None,
     ) -> None:
         self._folder = folder
         self._timing = timing
@@ -99,14 +103,15 @@ class Store:
         except DiskFull as error:
             raise DiskFull(f"{'--database' if database else f'--data-dir {folder}'}: {error.message}") from None
         self.db.transactions.wait_at_most(0)  # `call` waits, and keeps the database's thread free meanwhile
-        self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache", "--blobs" if blobs else "--data-dir")
+        files, flag = Integrity(tell), "--blobs" if blobs else "--data-dir"
+        self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache", flag, files)
         self.places = [self.blobs]
-        self.spool = Spool(folder / "spool", keep_manifests=keep_updates)
+        self.spool = Spool(folder / "spool", keep_manifests=keep_updates, files=files)
         self.updates: UpdateStore = self.spool
         if updates:
-            self.places.append(Blobs(updates, folder / "fetched", "--updates"))
+            self.places.append(Blobs(updates, folder / "fetched", "--updates", files))
             self.updates = BucketUpdates(self.spool, self.places[-1])
-        self.download_cache = DownloadCache(folder / "outbound", self.blobs)
+        self.download_cache = DownloadCache(folder / "outbound", self.blobs, files)
         self.scratch = folder / "scratch"
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
@@ -232,6 +237,12 @@ class Store:
     def _close(self, opening: asyncio.Future[C]) -> None:
         if succeeded(opening):
             self.soon(opening.result().close)
+
+    def distrust(self, version: VersionRow) -> None:
+        """Has the files of a version verified when they are next read, though they were before."""
+        place = version.run, version.version, version.source, version.draw
+        for key in (version_key(*place), state_key(*place)):
+            self.blobs.distrust(key)
 
     async def forget_round(self, done: Round, run_id: str) -> None:
         """Removes what a committed round no longer needs; what arrived and was not counted is never needed.

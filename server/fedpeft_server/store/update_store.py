@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 from fedpeft.adapters.payload import Manifest
-from fedpeft.errors import FedpeftError
+from fedpeft.errors import BlobCorrupt, FedpeftError
 from fedpeft.process.mapped_files import mapped
 from fedpeft_server.store.blobs.blobs import CHUNK_BYTES, Blobs
+from fedpeft_server.store.integrity import Kind
 from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.spool_writer import SpoolWriter
@@ -44,7 +45,7 @@ class UpdateStore(Protocol):
         """Gives the bytes of a whole update, read-only.
 
         Raises:
-            StateInvalid: If it is not there, or has another digest; BlobCorrupt where an object store lacks it.
+            BlobCorrupt: If it is not there, or has another digest; what has is set aside.
         """
 
     def remove_all(self, tickets: Iterable[str]) -> None:
@@ -90,11 +91,15 @@ class BucketUpdates:
     @contextmanager
     def open(self, ticket: str, sha256: bytes) -> Iterator[memoryview]:
         """Gives the bytes of a whole update, from the spool if they came here; raises as `UpdateStore.open`."""
-        if self._spool.is_whole(ticket, sha256):
-            with self._spool.open(ticket, sha256) as view:
+        with ExitStack() as stack:
+            view = None
+            if self._spool.is_whole(ticket, sha256):
+                with suppress(BlobCorrupt):  # the object store has another one
+                    view = stack.enter_context(self._spool.open(ticket, sha256))
+            if view is not None:
                 yield view
-            return
-        with self._blobs.local(_key(ticket, sha256)) as path:
+                return
+        with self._blobs.verified(_key(ticket, sha256), sha256.hex(), Kind.UPDATE) as path:
             with store_refusals(f"reading the update of {ticket}"):
                 view = mapped(path)
             yield view

@@ -296,6 +296,61 @@ class TestExcludedAfterTheReceipt:
         assert self.residual(tmp_path) == b"counted"
 
 
+class TestLostByTheServer:
+    """The server may find that its disk lost an update; its client still has it, until its next ticket."""
+
+    def settled(self, path: Path) -> Outbox:
+        outbox = Outbox(StateDirectory(path), "")
+        outbox.settle(outbox.commit(RUN, 1, write_draft(outbox)), Outcome.COUNTED)
+        return outbox
+
+    def residual(self, path: Path) -> bytes:
+        return state_dir.group(path / "runs" / RUN, "residual").read_bytes()
+
+    @pytest.mark.parametrize("step", [*range(1, 16), 1000])
+    @pytest.mark.parametrize("outcome", [Outcome.COUNTED, Outcome.NOT_COUNTED])
+    def test_it_is_pending_again_over_crashes(self, tmp_path: Path, step: int, outcome: Outcome) -> None:
+        outbox = self.settled(tmp_path)
+        with pytest.MonkeyPatch.context() as patch:
+            crash_at(patch, step)
+            with suppress(Crash):
+                assert outbox.recall(RUN)
+                outbox.load()
+        if outbox.load() is None:
+            assert outbox.counted(RUN) == "ticket-1" and outbox.recall(RUN)
+        pending = outbox.load()
+        assert pending is not None and pending.payload.read_bytes() == b"abcd"
+        assert (pending.run, pending.round, pending.ticket) == (RUN, 1, "ticket-1")
+        assert outbox.counted(RUN) is None, "it is in one place"
+        outbox.settle(pending, outcome)
+        assert self.residual(tmp_path) == (b"counted" if outcome is Outcome.COUNTED else b"not")
+        assert outbox.counted(RUN) == ("ticket-1" if outcome is Outcome.COUNTED else None)
+        assert outcome is Outcome.NOT_COUNTED or outbox.recall(RUN), "it may get lost once more"
+        outbox._directory.close()
+
+    @pytest.mark.parametrize("damage", ["payload", "no payload"])
+    def test_one_that_is_damaged_here_too_goes_into_the_residual(self, tmp_path: Path, damage: str) -> None:
+        outbox = self.settled(tmp_path)
+        folder = tmp_path / "runs" / RUN
+        if damage == "payload":
+            (folder / "counted.payload").write_bytes(b"abce")
+        else:
+            (folder / "counted.payload").unlink()  # as an older client left it
+        assert not outbox.recall(RUN)
+        assert outbox.load() is None
+        assert outbox.take_back(RUN, faulty=False)
+        assert self.residual(tmp_path) == b"not"
+        assert not (folder / "counted.payload").exists() and not (folder / "excluded").exists()
+
+    def test_one_that_was_lost_makes_no_excluded_one_the_second(self, tmp_path: Path) -> None:
+        outbox = self.settled(tmp_path)
+        assert outbox.take_back(RUN, faulty=False)
+        outbox._directory.close()
+        outbox = self.settled(tmp_path)
+        assert outbox.take_back(RUN), "as the first in a row"
+        assert self.residual(tmp_path) == b"not"
+
+
 @pytest.mark.parametrize("outcome", list(Outcome))
 @pytest.mark.parametrize("step", [*range(1, 24), 1000])
 def test_any_group_of_a_clients_state_follows_the_outcome_through_a_crash_at_any_step(

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from fedpeft.adapters.payload import CHUNK_BYTES, Manifest, encode
 from fedpeft.adapters.spec import TensorSpec
 from fedpeft.errors import (
+    BlobCorrupt,
     ChecksumMismatch,
     ChunkInvalid,
     DiskFull,
@@ -125,7 +126,7 @@ class TestUploading:
             assert bytes(view) == data
         spool.remove_all(["a", "nobody"])
         assert spool.position("a", manifest.sha256) == 0
-        with pytest.raises(StateInvalid, match="ticket a is not in"):
+        with pytest.raises(BlobCorrupt, match="ticket a is not in"):
             spool.open("a", manifest.sha256).__enter__()
         spool.remove_all(spool.others(set()))
         assert files(folder) == []

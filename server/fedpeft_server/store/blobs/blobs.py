@@ -9,20 +9,25 @@ import errno
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import obstore
+import structlog
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, from_url
 
-from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid, StoreUnavailable
+from fedpeft.errors import BlobCorrupt, DiskFull, FedpeftError, StateInvalid, StoreUnavailable
 from fedpeft.process.durable import make_folder, refusals, sync
+from fedpeft_server.store import integrity
 from fedpeft_server.store.blobs.cache import BlobCache
+from fedpeft_server.store.integrity import Corruption, Integrity, Kind
 from fedpeft_server.store.refusals import store_refusals
+
+log = structlog.get_logger()
 
 CHUNK_BYTES = 1024 * 1024
 """Bytes that are copied from an object store at once."""
@@ -38,6 +43,7 @@ class Blobs:
         url: A folder, which is made if it does not exist, or a URL: file://, s3://, gs:// or az://.
         cache: Folder of `local_path` for blobs of an object store, emptied at first; a temporary one if not given.
         flag: Flag that names the place on the command line, for messages.
+        files: Files known to be verified, and the reports of those that are corrupt.
 
     Attributes:
         name: The flag and the place.
@@ -47,8 +53,11 @@ class Blobs:
         DiskFull: If there is no room for the folder.
     """
 
-    def __init__(self, url: str, cache: Path | None = None, flag: str = "blob store") -> None:
+    def __init__(
+        self, url: str, cache: Path | None = None, flag: str = "blob store", files: Integrity | None = None
+    ) -> None:
         self._url = url
+        self._files = files or Integrity()
         self.name = f"{flag} {url}"
         self._root: Path | None = None
         self._cache = BlobCache(cache)
@@ -79,18 +88,21 @@ class Blobs:
         with self._translated("deleting", key):
             obstore.delete(self._store, key)
 
-    def put(self, key: str, data: bytes | Iterable[bytes] | Path) -> None:
+    def put(self, key: str, data: bytes | Iterable[bytes] | Path, sha256: str = "") -> None:
         """Writes a blob, in place of any under the key; readers see the old one or the new one. Durable on return.
 
         Args:
             key: Its key.
             data: The bytes, pieces of them, or a file that holds them, which a store that is a folder moves.
+            sha256: Digest with which the file was just written, hexadecimal: it need not be read again at once.
         """
         with self._translated("writing", key):
             if not (isinstance(data, Path) and self._root is not None and self._moved(data, self._root / key)):
                 obstore.put(self._store, key, data if isinstance(data, bytes | Path) else iter(data))
             if self._root is not None:
                 self._sync(self._root, self._root / key)
+                if sha256:
+                    self._files.note(self._root / key, sha256)
         if self._root is None:
             self._cache.forget(key)
 
@@ -128,6 +140,53 @@ class Blobs:
             return
         with self._cache.held(key, partial(self._pieces, key)) as path:
             yield path
+
+    @contextmanager
+    def verified(self, key: str, sha256: str, kind: Kind) -> Iterator[Path]:
+        """Gives a file that holds the blob and has the digest that is recorded for it, hexadecimal.
+
+        A copy of an object that has another is fetched again. A blob that has another is reported and set aside.
+
+        Raises:
+            BlobCorrupt: If the blob is missing or has another digest; it says how to go on.
+        """
+        with ExitStack() as stack:
+            try:
+                path = stack.enter_context(self.local(key))
+            except BlobCorrupt:
+                self._files.report(Corruption(kind, key, sha256, integrity.MISSING))
+                raise
+            yield self._checked(key, path, sha256, kind)
+
+    def _checked(self, key: str, path: Path, sha256: str, kind: Kind) -> Path:
+        with store_refusals(f"reading blob {key} in {self.name}"):
+            fault = self._files.fault(path, sha256)
+            if fault and self._root is None:
+                self._files.report(Corruption(Kind.COPY, key, sha256, fault))
+                path = self._cache.renew(key, partial(self._pieces, key))
+                fault = self._files.fault(path, sha256)
+        if not fault:
+            return path
+        found = Corruption(kind, key, sha256, fault, self._set_aside(key))
+        self._files.report(found)
+        raise BlobCorrupt(f"blob {found.words}; restore it to {self._url} from a backup")
+
+    def distrust(self, key: str) -> None:
+        """Has a blob verified when it is next read, though it was verified before."""
+        self._files.distrust(self._root / key if self._root is not None else self._cache.place(key))
+
+    def _set_aside(self, key: str) -> str:
+        """Renames a corrupt blob to `corrupt/KEY...`, where nothing removes it; returns its name, "" if it stays."""
+        aside = f"{integrity.SUFFIX}/{key}.{secrets.token_hex(4)}"
+        try:
+            with self._translated("setting aside", key):
+                obstore.rename(self._store, key, aside)
+        except FedpeftError as error:
+            log.error("a corrupt blob stays where it is", key=key, message=error.message)
+            return ""
+        if self._root is None:
+            self._cache.forget(key)
+        return aside
 
     def _own(self, key: str) -> Path:
         assert self._root is not None

@@ -45,7 +45,7 @@ class BlobCache:
             DiskFull: If there is no room for it; StoreUnavailable if the folder refuses; whatever `read` raises.
         """
         with self._lock:
-            copy = self._place(key)
+            copy = self.place(key)
             if key in self._sizes and copy.is_file():
                 self._sizes.move_to_end(key)
                 return copy
@@ -69,12 +69,18 @@ class BlobCache:
                 if not self._held[key]:
                     del self._held[key]
 
+    def renew(self, key: str, read: Callable[[], Iterable[bytes]]) -> Path:
+        """Makes the copy of a blob anew, in place of the one there is; raises as `path`."""
+        with self._lock:
+            self._sizes.pop(key, None)
+        return self.path(key, read)
+
     def forget(self, key: str) -> None:
         """Removes the copy of a blob, if there is one."""
         with self._lock:
             self._sizes.pop(key, None)
             if self._folder is not None:
-                self._place(key).unlink(missing_ok=True)
+                self.place(key).unlink(missing_ok=True)
 
     def _fetch(self, key: str, copy: Path, read: Callable[[], Iterable[bytes]]) -> int:
         with store_refusals(f"caching blob {key}"):
@@ -95,9 +101,10 @@ class BlobCache:
                 return
             if key != newest and key not in self._held:
                 del self._sizes[key]
-                self._place(key).unlink(missing_ok=True)
+                self.place(key).unlink(missing_ok=True)
 
-    def _place(self, key: str) -> Path:
+    def place(self, key: str) -> Path:
+        """Returns where the copy of a blob is, or would be."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="fedpeft-blobs-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)

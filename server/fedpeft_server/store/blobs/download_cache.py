@@ -20,8 +20,10 @@ from fedpeft.adapters.payload import Entry, Manifest, Selection
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.rpc.wire import manifest_to_proto
 from fedpeft.v1 import tensor_pb2
+from fedpeft_server.store import integrity
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.open_file import OpenFile
+from fedpeft_server.store.integrity import Corruption, Integrity, Kind
 from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.rows import RunRow, VersionRow
 
@@ -82,11 +84,17 @@ class DownloadCache:
 
     Its methods may be called from any thread. Threads wait for each other only where they need the same version, which
     one of them fetches and encodes.
+
+    Args:
+        folder: Folder of the encoded versions.
+        blobs: Place of the versions.
+        files: Files known to be verified, and the reports of those that are corrupt.
     """
 
-    def __init__(self, folder: Path, blobs: Blobs) -> None:
+    def __init__(self, folder: Path, blobs: Blobs, files: Integrity | None = None) -> None:
         self._folder = folder
         self._blobs = blobs
+        self._files = files or Integrity()
         self._lock = threading.Lock()  # of what follows; never held while a version is fetched or encoded
         self._encoded: OrderedDict[_Place, Encoded] = OrderedDict()
         self._uses: dict[_Place, _Use] = {}
@@ -112,26 +120,31 @@ class DownloadCache:
             return encoded
 
     def open(self, run: RunRow, version: VersionRow, key: str, selection: Selection | None = None) -> OpenFile:
-        """Opens the payload of what `encoded` returns, or a selection of its tensors; raises as that."""
+        """Opens the payload of what `encoded` returns, or a selection of its tensors; raises as that.
+
+        A file that was made for it and is corrupt is made again.
+        """
         with (
-            self._used(run, version, key) as encoded,
+            self._used(run, version, key, opens=True) as encoded,
             store_refusals(f"opening version {version.version} of {run.id}"),
         ):
             if encoded.path is not None:
                 return OpenFile(encoded.path, 0, selection)
-            with self._blobs.local(key) as path:
+            with self._blobs.verified(key, version.sha256, Kind.VERSION) as path:
                 return OpenFile(path, encoded.start, selection)
 
     @contextmanager
-    def _used(self, run: RunRow, version: VersionRow, key: str) -> Iterator[Encoded]:
-        """Gives an encoded version, whose file stays for as long as the block lasts."""
+    def _used(self, run: RunRow, version: VersionRow, key: str, *, opens: bool = False) -> Iterator[Encoded]:
+        """Gives an encoded version, whose file stays for as long as the block lasts, and is sound if it `opens`."""
         place = (run.id, version.version)
         with self._lock:
             use = self._uses.setdefault(place, _Use())
             use.users += 1
         try:
             with use.lock:
-                encoded = self._encoded.get(place) or self._encode(run, version, key)
+                encoded = self._encoded.get(place)
+                if encoded is None or (opens and not self._is_sound(encoded)):
+                    encoded = self._encode(run, version, key)
                 with self._lock:
                     self._encoded[place] = encoded
                     self._encoded.move_to_end(place)
@@ -142,6 +155,18 @@ class DownloadCache:
                 if not use.users:
                     del self._uses[place]
                     self._end(place, use)
+
+    def _is_sound(self, encoded: Encoded) -> bool:
+        """Returns False if the file that was made for a version is corrupt; it is set aside until the next start."""
+        if encoded.path is None:
+            return True
+        sha256 = encoded.manifest.sha256.hex()
+        with store_refusals(f"reading {encoded.path}"):
+            fault = self._files.fault(encoded.path, sha256)
+            if fault:
+                aside = integrity.set_aside(encoded.path)
+                self._files.report(Corruption(Kind.DOWNLOAD, encoded.path.name, sha256, fault, aside))
+        return not fault
 
     def _end(self, place: _Place, use: _Use) -> None:
         if use.forgotten:
@@ -203,8 +228,8 @@ class DownloadCache:
     def _encode(self, run: RunRow, version: VersionRow, key: str) -> Encoded:
         encoding = run.config.codec.down
         with (
-            self._blobs.local(key) as stored_at,
-            adapter_file.open_adapter(stored_at, version.sha256) as stored,
+            self._blobs.verified(key, version.sha256, Kind.VERSION) as stored_at,
+            adapter_file.open_adapter(stored_at) as stored,
         ):
             if all((tensor.section.encoding or encoding) == "float32" for tensor in run.spec.shared):
                 return _in_place(stored_at, version, run.spec)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -39,12 +38,6 @@ class OpenFile:
         pieces = self._selection.pieces(offset, length) if self._selection else [(offset, length)]
         with self._lock:
             return b"".join(os.pread(self._file.fileno(), size, self._start + at) for at, size in pieces)
-
-    def sha256(self) -> str:
-        """Returns the digest of the whole file, hexadecimal."""
-        with self._lock:
-            self._file.seek(0)
-            return hashlib.file_digest(self._file, "sha256").hexdigest()
 
     def close(self) -> None:
         """Closes it, once nobody is in the middle of a read."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
 from fedpeft.errors import TicketNotFound
 from fedpeft.privacy.events import Event
@@ -26,6 +26,7 @@ _IDS = 500
 
 # Statements of every receipt are built once: that takes several times as long as SQLite takes to execute them.
 _INSERT_UPDATE = insert(tables.updates)
+_DELETE_UPDATE = delete(tables.updates).where(tables.updates.c.ticket == bindparam("of_ticket"))
 _OF_CLIENT = update(tables.clients).where(tables.clients.c.id == bindparam("client"))
 _COUNT = _OF_CLIENT.values(updates=tables.clients.c.updates + 1)
 _UNCOUNT = _OF_CLIENT.values(updates=tables.clients.c.updates - 1)
@@ -51,6 +52,8 @@ def put_changes(connection: Connection, changes: Changes) -> None:
     rows += [{**_ticket_row(changes.round, old), "counts_in": old.issued_in} for old in changes.replaced]
     upsert(connection, tables.rounds, [_round_row(state) for state in written], replace=_ROUND_COLUMNS)
     upsert(connection, tables.tickets, rows, replace=_TICKET_COLUMNS)
+    if changes.again:
+        connection.execute(_DELETE_UPDATE, [{"of_ticket": ticket} for ticket in changes.again])
     if changes.uncounted:
         connection.execute(_UNCOUNT, [{"client": client} for client in changes.uncounted])
 
