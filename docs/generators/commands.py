@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from fedpeft_client.commands import enroll, leave, ledger, status
 from fedpeft_operator.app import app
-from fedpeft_server.commands import authority, certificate, init
+from fedpeft_server.commands import authority, certificate, check, init
 from generators.tables import table
 
 PAGE = "commands.md"
@@ -19,6 +19,7 @@ PARSERS = (
     init._parser,
     certificate._parser,
     authority._parser,
+    check._parser,
     enroll._parser,
     status._parser,
     ledger._parser,

@@ -26,6 +26,7 @@ COMMANDS = {
         "fedpeft_server.commands.authority",
         "show the authority, or replace it while clients stay connected",
     ),
+    "check": ("fedpeft_server.commands.check", "verify all that a stopped server has"),
 }
 """By the word that stands first on the command line: the module, imported only then, and a line for `--help`."""
 

@@ -52,7 +52,7 @@ def test_no_label_carries_a_round_or_a_client() -> None:
     }
     assert labels == {
         *("run", "direction", "encoding", "phase", "outcome", "state", "split", "name", "method", "model", "work"),
-        *("code", "role", "version", "certificate", "place", "why"),
+        *("code", "role", "version", "certificate", "place", "why", "kind"),
     }
 
 

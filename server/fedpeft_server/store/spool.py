@@ -35,7 +35,7 @@ from fedpeft_server.store.spool_writer import Owner, SpoolWriter
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-_FILE = re.compile(r"(?P<ticket>" + ids.TICKET.pattern + r")\.(?P<digest>[0-9a-f]{64})\.(?P<kind>part|update)")
+FILE = re.compile(r"(?P<ticket>" + ids.TICKET.pattern + r")\.(?P<digest>[0-9a-f]{64})\.(?P<kind>part|update)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Spool:
 
     def _scan(self) -> None:
         for path in sorted(self._folder.iterdir()):
-            name = _FILE.fullmatch(path.name)
+            name = FILE.fullmatch(path.name)
             if name is None:
                 self._remove_leftover(path)
                 continue

@@ -85,7 +85,7 @@ class BucketUpdates:
         """Makes a checked payload durable in both places; None if the writer is not the newest any more."""
         path = self._spool.publish(writer)
         if path is not None:
-            self._blobs.put(_key(writer.ticket, writer.manifest.sha256), _pieces(path))
+            self._blobs.put(update_key(writer.ticket, writer.manifest.sha256.hex()), _pieces(path))
         return path
 
     @contextmanager
@@ -99,7 +99,7 @@ class BucketUpdates:
             if view is not None:
                 yield view
                 return
-        with self._blobs.verified(_key(ticket, sha256), sha256.hex(), Kind.UPDATE) as path:
+        with self._blobs.verified(update_key(ticket, sha256.hex()), sha256.hex(), Kind.UPDATE) as path:
             with store_refusals(f"reading the update of {ticket}"):
                 view = mapped(path)
             yield view
@@ -136,8 +136,9 @@ class BucketUpdates:
             raise failure
 
 
-def _key(ticket: str, sha256: bytes) -> str:
-    return f"updates/{ticket}/{sha256.hex()}"
+def update_key(ticket: str, sha256: str) -> str:
+    """Returns the key of an update in an object store, by its ticket and the digest of its payload, hexadecimal."""
+    return f"updates/{ticket}/{sha256}"
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ Keys are paths such as `runs/RUN/versions/000012.safetensors`; what is under a k
 from __future__ import annotations
 
 import errno
+import hashlib
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -205,6 +206,19 @@ class Blobs:
             except FileNotFoundError:
                 return False
         return True
+
+    def digest(self, key: str) -> str:
+        """Reads a blob whole and returns its SHA-256, hexadecimal; nothing is cached, trusted or set aside."""
+        digest = hashlib.sha256()
+        for piece in self._pieces(key):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def keys(self, folder: str) -> Iterator[str]:
+        """Yields the keys of the blobs in a folder, such as `runs`, with their parts before it."""
+        with self._translated("looking for", folder):
+            for batch in obstore.list(self._store, folder):
+                yield from (found["path"] for found in batch)
 
     def has_any(self, folder: str) -> bool:
         """Returns True if a blob is in a folder, such as `runs`."""

@@ -23,18 +23,16 @@ def migrate(engine: Engine) -> None:
     Raises:
         StateInvalid: If the schema is newer than this code.
     """
-    config = Config()
-    config.set_main_option("script_location", "fedpeft_server.store:migrations")
-    config.set_main_option("path_separator", "os")
-    scripts = ScriptDirectory.from_config(config)
+    config = _config()
+    steps = ScriptDirectory.from_config(config)
     with reading(engine) as connection:  # which a program that holds a lock does not keep from a schema that is right
-        if MigrationContext.configure(connection).get_current_revision() == scripts.get_current_head():
+        if MigrationContext.configure(connection).get_current_revision() == steps.get_current_head():
             return
     with engine.begin() as connection:
         current = MigrationContext.configure(connection).get_current_revision()
-        if current is not None and not _known(scripts, current):
+        if current is not None and not _known(steps, current):
             raise StateInvalid(
-                f"the database has schema {current}, which this server (schema {scripts.get_current_head()}) "
+                f"the database has schema {current}, which this server (schema {steps.get_current_head()}) "
                 "does not know; upgrade the server to the version that wrote it"
             )
         if connection.dialect.name == "postgresql":
@@ -43,8 +41,20 @@ def migrate(engine: Engine) -> None:
         command.upgrade(config, "head")
 
 
-def _known(scripts: ScriptDirectory, revision: str) -> bool:
+def scripts() -> ScriptDirectory:
+    """Returns the steps of the schema."""
+    return ScriptDirectory.from_config(_config())
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", "fedpeft_server.store:migrations")
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _known(steps: ScriptDirectory, revision: str) -> bool:
     try:
-        return scripts.get_revision(revision) is not None
+        return steps.get_revision(revision) is not None
     except CommandError:
         return False

@@ -1,0 +1,1 @@
+"""Checks of a server's data while it is stopped: `fedpeft-server check`."""

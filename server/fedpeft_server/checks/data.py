@@ -1,0 +1,99 @@
+"""The check of a server's data as a whole, in the order in which things depend on each other. It changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedpeft.errors import AuditBroken, FedpeftError, SettingsInvalid
+from fedpeft.identity import audit
+from fedpeft.identity.audit import AuditEntry
+from fedpeft_server.checks.database import opened
+from fedpeft_server.checks.findings import Report
+from fedpeft_server.checks.runs import check_run
+from fedpeft_server.checks.updates import check_updates
+from fedpeft_server.settings import Settings
+from fedpeft_server.startup_checks import refuse_lost_certificates
+from fedpeft_server.store import integrity
+from fedpeft_server.store.blobs.blobs import Blobs
+from fedpeft_server.store.database import Database
+from fedpeft_server.store.rows import RunRow
+
+PAGE = 1000
+"""Entries of the audit log that are read at once."""
+PLACES = ("blobs", "spool", "outbound", "cache", "fetched", "scratch", "identity", "operator", "lock", "backup.json")
+"""What else belongs into a data folder, beside the files of the database."""
+
+
+def check(settings: Settings) -> Report:
+    """Checks all that the settings of a server name.
+
+    Raises:
+        StateInvalid: If a place of blobs or updates is none, or cannot be used.
+    """
+    report, folder = Report(), settings.data_dir
+    blobs = Blobs(settings.blobs or str(folder / "blobs"), flag="--blobs" if settings.blobs else "--data-dir")
+    bucket = Blobs(settings.updates, flag="--updates") if settings.updates else None
+    with opened(database_url(settings), report) as database:
+        if database is None:
+            return report
+        _check_audit(database, report)
+        _check_certificates(database, settings, report)
+        keys: set[str] = set()
+        for run in _runs(database, report):
+            keys |= check_run(run, database, blobs, report)
+        updates = check_updates(database, folder / "spool", bucket, report)
+    _note_strays(blobs, "runs", keys, report)
+    if bucket is not None:
+        _note_strays(bucket, "updates", updates, report)
+    _note_unknown(folder, report)
+    return report
+
+
+def database_url(settings: Settings) -> str:
+    """Returns the URL of a server's database."""
+    return settings.database or f"sqlite:///{settings.data_dir / 'fedpeft.db'}"
+
+
+def _runs(database: Database, report: Report) -> Iterator[RunRow]:
+    try:
+        yield from database.runs()
+    except (FedpeftError, ValueError) as error:
+        report.fault("runs", f"their rows cannot be read: {error}", "restore the database from a backup")
+
+
+def _check_audit(database: Database, report: Report) -> None:
+    def entries() -> Iterator[AuditEntry]:
+        last = 0
+        while page := database.transactions.entries_after(last, PAGE):
+            report.looked_at["audit entry"] += len(page)
+            yield from page
+            last = page[-1].number
+
+    try:
+        audit.verify(entries())
+    except AuditBroken as error:
+        report.fault("audit log", error.message, "restore the database from a backup, and find out who changed it")
+
+
+def _check_certificates(database: Database, settings: Settings, report: Report) -> None:
+    if not (settings.certificates / "server.pem").exists():
+        try:
+            refuse_lost_certificates(database, settings.certificates)
+        except SettingsInvalid as error:
+            found, _, cure = error.message.partition("; ")
+            report.fault(str(settings.certificates), found, cure)
+
+
+def _note_strays(blobs: Blobs, place: str, known: set[str], report: Report) -> None:
+    for key in sorted(blobs.keys(place)):
+        if key not in known:
+            report.note(key, "the database does not know it", "it is of another database, or left by a kill")
+    for key in sorted(blobs.keys(integrity.SUFFIX)):
+        report.note(key, "it was set aside because it is corrupt", "remove it once nobody wants to look at it")
+
+
+def _note_unknown(folder: Path, report: Report) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.name not in PLACES and not path.name.startswith("fedpeft.db"):
+            report.note(str(path), "the server does not know it", "look where it comes from, or remove it")

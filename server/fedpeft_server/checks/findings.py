@@ -1,0 +1,83 @@
+"""Findings of a check: one sentence each, with what to do about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from fedpeft.formatting import counted
+
+
+class Level(StrEnum):
+    """Weight of a finding."""
+
+    FAULT = "fault"
+    """Something is lost, or not what was written."""
+    NOTE = "note"
+    """Something that should be known, and harms nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        level: Its weight.
+        what: The thing: a file, a key, a run with a number.
+        found: What is the matter with it.
+        cure: What to do about it.
+    """
+
+    level: Level
+    what: str
+    found: str
+    cure: str
+
+    @property
+    def line(self) -> str:
+        """The finding as one line."""
+        return f"{self.level}  {self.what}: {self.found}; {self.cure}"
+
+
+@dataclass
+class Report:
+    """What a check looked at, and what it found.
+
+    Attributes:
+        findings: In the order in which they were found.
+        looked_at: Number of things of each kind that were looked at.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    looked_at: Counter[str] = field(default_factory=Counter)
+
+    def fault(self, what: str, found: str, cure: str) -> None:
+        """Adds a fault."""
+        self.findings.append(Finding(Level.FAULT, what, found, cure))
+
+    def note(self, what: str, found: str, cure: str) -> None:
+        """Adds a note."""
+        self.findings.append(Finding(Level.NOTE, what, found, cure))
+
+    def number(self, level: Level) -> int:
+        """Returns how many findings have a weight."""
+        return sum(finding.level is level for finding in self.findings)
+
+    @property
+    def summary(self) -> str:
+        """The last line: what was looked at, and how many findings there are."""
+        kinds = ("run", "version", "state", "update", "record", "audit entry")
+        looked = ", ".join(_counted(self.looked_at[kind], kind) for kind in kinds)
+        faults, notes = (self.number(level) for level in (Level.FAULT, Level.NOTE))
+        return f"checked {looked}: {counted(faults, 'fault')}, {counted(notes, 'note')}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns all of it for JSON."""
+        findings = [asdict(finding) for finding in self.findings]
+        return {"faults": self.number(Level.FAULT), "findings": findings, "checked": dict(self.looked_at)}
+
+
+def _counted(number: int, kind: str) -> str:
+    return f"{number} audit entries" if kind == "audit entry" and number != 1 else counted(number, kind)

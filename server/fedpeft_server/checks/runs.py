@@ -1,0 +1,77 @@
+"""The runs under a check: each version and state that the database names, and the chain of records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fedpeft.api.verification import check_records
+from fedpeft.errors import BlobCorrupt, FedpeftError
+from fedpeft.rounds.record import Record
+from fedpeft_server.checks.findings import Report
+from fedpeft_server.store.blobs.blobs import Blobs
+from fedpeft_server.store.database import Database
+from fedpeft_server.store.queries import whole
+from fedpeft_server.store.rows import RunRow, VersionRow
+from fedpeft_server.store.store import state_key, version_key
+
+RESTORE_DATABASE = "restore the database from a backup"
+RESTORE = "restore it from a backup"
+OR_BACK = "restore it from a backup, or roll the run back to an earlier version"
+
+
+def check_run(run: RunRow, database: Database, blobs: Blobs, report: Report) -> set[str]:
+    """Checks a run; returns the keys of its blobs."""
+    report.looked_at["run"] += 1
+    with database.transactions.read() as connection:
+        versions = whole.select_versions(connection, run.id)
+        records = whole.select_records(connection, run.id)
+    found = {version.version for version in versions}
+    for number in sorted(set(range(run.version + 1)) - found):
+        report.fault(f"{run.id} version {number}", "the database has no row of it", RESTORE_DATABASE)
+    chain = _check_records(run, records, report)
+    for version in versions:
+        if 0 < version.version <= len(chain):
+            _compare(version, chain[version.version - 1], report)
+        _check_files(run, version, blobs, report)
+    return {key for version in versions for _, key, _ in _files(version)}
+
+
+def _check_records(run: RunRow, records: Sequence[tuple[int, str, str]], report: Report) -> list[Record]:
+    report.looked_at["record"] += len(records)
+    try:
+        return check_records(run.id, run.version, [(text, sha256) for _, text, sha256 in records])
+    except (FedpeftError, ValueError) as error:
+        said = error.message if isinstance(error, FedpeftError) else str(error)
+        report.fault(f"records of {run.id}", said, RESTORE_DATABASE)
+        return []
+
+
+def _compare(version: VersionRow, record: Record, report: Report) -> None:
+    """Compares the digests of a version with those of the record of its round."""
+    recorded = record.adapter_sha256, record.state_sha256
+    if (version.sha256, version.state_sha256) != recorded:
+        name = f"{version.run} version {version.version}"
+        report.fault(name, "its row and its record name other digests", RESTORE_DATABASE)
+
+
+def _files(version: VersionRow) -> Iterator[tuple[str, str, str]]:
+    """Yields kind, key and digest of the files of a version."""
+    place = version.run, version.version, version.source, version.draw
+    yield "version", version_key(*place), version.sha256
+    if version.state_sha256:
+        yield "state", state_key(*place), version.state_sha256
+
+
+def _check_files(run: RunRow, version: VersionRow, blobs: Blobs, report: Report) -> None:
+    cure = OR_BACK if 0 < version.version == run.version else RESTORE
+    for kind, key, sha256 in _files(version):
+        report.looked_at[kind] += 1
+        try:
+            found = blobs.digest(key)
+        except BlobCorrupt:
+            report.fault(key, f"this {kind} is missing", cure)
+        except FedpeftError as error:
+            report.fault(key, error.message, "make it readable, and check again")
+        else:
+            if found != sha256:
+                report.fault(key, f"this {kind} has sha256 {found}; {sha256} is recorded", cure)

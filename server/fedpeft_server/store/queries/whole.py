@@ -1,0 +1,50 @@
+"""SQL that reads all there is of a run, for checks and copies of a server that is stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sqlalchemy import Connection, select
+
+from fedpeft.rounds.state_machine import Phase
+from fedpeft.rounds.tickets import TicketState
+from fedpeft_server.store import tables
+from fedpeft_server.store.rows import RunState, VersionRow
+
+
+def select_versions(connection: Connection, run: str) -> list[VersionRow]:
+    """Returns all versions of a run, oldest first."""
+    t = tables.versions
+    rows = connection.execute(select(t).where(t.c.run == run).order_by(t.c.version))
+    return [VersionRow(**row._mapping) for row in rows]
+
+
+def select_records(connection: Connection, run: str) -> list[tuple[int, str, str]]:
+    """Returns number, record and recorded digest of each committed round of a run, oldest first."""
+    t = tables.rounds
+    query = select(t.c.number, t.c.record, t.c.record_sha256).where(t.c.run == run, t.c.phase == str(Phase.COMMITTED))
+    return [(row.number, row.record, row.record_sha256) for row in connection.execute(query.order_by(t.c.number))]
+
+
+def select_wanted(connection: Connection) -> Iterator[tuple[str, str, str, str]]:
+    """Yields run, client, ticket and payload's digest of the updates that were received and not folded yet."""
+    r, n, t, u = tables.runs, tables.rounds, tables.tickets, tables.updates
+    query = (
+        select(t.c.run, t.c.client, t.c.id, u.c.payload_sha256)
+        .join(u, u.c.ticket == t.c.id)
+        .join(n, (n.c.run == t.c.run) & (n.c.number == t.c.number))
+        .join(r, r.c.id == t.c.run)
+        .where(
+            t.c.state == str(TicketState.RECEIVED),
+            n.c.phase.in_((str(Phase.OPEN), str(Phase.AGGREGATING))),
+            r.c.state.in_((str(RunState.RUNNING), str(RunState.PAUSED))),
+        )
+        .order_by(t.c.run, t.c.client)
+    )
+    for row in connection.execute(query):
+        yield tuple(row)
+
+
+def select_tickets(connection: Connection) -> set[str]:
+    """Returns the ids of all tickets."""
+    return set(connection.execute(select(tables.tickets.c.id)).scalars())
