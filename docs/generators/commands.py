@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from fedpeft_client.commands import enroll, leave, ledger, status
 from fedpeft_operator.app import app
-from fedpeft_server.commands import authority, certificate, check, init
+from fedpeft_server.commands import authority, backup, certificate, check, init, restore
 from generators.tables import table
 
 PAGE = "commands.md"
@@ -20,6 +20,8 @@ PARSERS = (
     certificate._parser,
     authority._parser,
     check._parser,
+    backup._parser,
+    restore._parser,
     enroll._parser,
     status._parser,
     ledger._parser,

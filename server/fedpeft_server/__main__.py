@@ -27,6 +27,8 @@ COMMANDS = {
         "show the authority, or replace it while clients stay connected",
     ),
     "check": ("fedpeft_server.commands.check", "verify all that a stopped server has"),
+    "backup": ("fedpeft_server.commands.backup", "copy a server's data while it works"),
+    "restore": ("fedpeft_server.commands.restore", "put a backup back into a new folder, and check it"),
 }
 """By the word that stands first on the command line: the module, imported only then, and a line for `--help`."""
 

@@ -1,9 +1,11 @@
-"""A copy of the data folder, taken while the server was stopped, is put back: docs/deploy.md, *Backup and restore*."""
+"""A backup that was made while the server worked is restored: docs/deploy.md, *Backup and restore*."""
 
 from __future__ import annotations
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,15 @@ def stop(server: Process) -> None:
     assert server.process.wait(WAIT_S) == 0
 
 
+def command(*arguments: str) -> str:
+    """Runs a command of the server; returns what it said."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "fedpeft_server", *arguments], capture_output=True, text=True, timeout=WAIT_S
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
 def committed(data: Path) -> int:
     """Reads the number of committed rounds out of the database of a daemon that does not run."""
     with closing(sqlite3.connect(data / "fedpeft.db")) as database:
@@ -54,15 +65,13 @@ def test_a_run_that_is_put_back_ends_with_the_same_bits(federation: Federation) 
     start_clients(federation)
     wait_for(lambda: server.events("round committed"), "a committed round")
 
-    stop(server)
-    shutil.copytree(data, copy)
+    command("backup", "--data-dir", str(data), "--to", str(copy))
     assert 1 <= committed(copy) < ROUNDS, "the copy is of a run under way"
-    server = federation.server()
     _, first = completed(federation, run, federation.folder / "first.safetensors")
 
     stop(server)
     shutil.rmtree(data)
-    shutil.copytree(copy, data)
+    assert "0 faults, 0 notes" in command("restore", "--from", str(copy), "--data-dir", str(data))
     federation.server()
     whole, second = completed(federation, run, federation.folder / "second.safetensors")
 

@@ -250,7 +250,11 @@ FORGERIES: dict[str, tuple[Callable[[Forger], object], type[FedpeftError], str]]
         BlobCorrupt,
         r"its sections is \(\)",
     ),
-    "a version": (lambda f: f.blob(1, digest=False), BlobCorrupt, "version 1 .* does not have its recorded digest"),
+    "a version": (
+        lambda f: f.blob(1, digest=False),
+        BlobCorrupt,
+        r"versions/000001.safetensors has sha256 .* is recorded",
+    ),
     "a version with its digest": (lambda f: f.blob(1, digest=True), BlobCorrupt, "round 1: version 1 of"),
     "version 0 with its digest": (lambda f: f.blob(0, digest=True), BlobCorrupt, "round 1: version 0 of"),
     "an update": (Forger.update, BlobCorrupt, "round [12]: the update of .* in ticket.* has sha256"),

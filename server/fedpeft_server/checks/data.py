@@ -22,7 +22,7 @@ from fedpeft_server.store.rows import RunRow
 PAGE = 1000
 """Entries of the audit log that are read at once."""
 PLACES = ("blobs", "spool", "outbound", "cache", "fetched", "scratch", "identity", "operator", "lock", "backup.json")
-"""What else belongs into a data folder, beside the files of the database."""
+"""Names that belong into a data folder, beside the files of the database."""
 
 
 def check(settings: Settings) -> Report:

@@ -65,6 +65,14 @@ def sqlite_file(url: str) -> Path | None:
     return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
 
 
+def without_password(url: str) -> str:
+    """Returns a URL as it may be shown."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url
+
+
 def _check_sqlite(engine: Engine, report: Report) -> None:
     with opening(engine, TIMING), reading(engine) as connection:
         for fault in connection.execute(text(f"PRAGMA integrity_check({MOST})")).scalars():

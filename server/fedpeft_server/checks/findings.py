@@ -26,8 +26,8 @@ class Finding:
     Attributes:
         level: Its weight.
         what: The thing: a file, a key, a run with a number.
-        found: What is the matter with it.
-        cure: What to do about it.
+        found: Fault of it.
+        cure: Advice.
     """
 
     level: Level
@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """What a check looked at, and what it found.
+    """Result of a check.
 
     Attributes:
         findings: In the order in which they were found.

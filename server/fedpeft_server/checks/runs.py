@@ -33,7 +33,7 @@ def check_run(run: RunRow, database: Database, blobs: Blobs, report: Report) -> 
         if 0 < version.version <= len(chain):
             _compare(version, chain[version.version - 1], report)
         _check_files(run, version, blobs, report)
-    return {key for version in versions for _, key, _ in _files(version)}
+    return {key for version in versions for _, key, _ in version_files(version)}
 
 
 def _check_records(run: RunRow, records: Sequence[tuple[int, str, str]], report: Report) -> list[Record]:
@@ -54,7 +54,7 @@ def _compare(version: VersionRow, record: Record, report: Report) -> None:
         report.fault(name, "its row and its record name other digests", RESTORE_DATABASE)
 
 
-def _files(version: VersionRow) -> Iterator[tuple[str, str, str]]:
+def version_files(version: VersionRow) -> Iterator[tuple[str, str, str]]:
     """Yields kind, key and digest of the files of a version."""
     place = version.run, version.version, version.source, version.draw
     yield "version", version_key(*place), version.sha256
@@ -64,7 +64,7 @@ def _files(version: VersionRow) -> Iterator[tuple[str, str, str]]:
 
 def _check_files(run: RunRow, version: VersionRow, blobs: Blobs, report: Report) -> None:
     cure = OR_BACK if 0 < version.version == run.version else RESTORE
-    for kind, key, sha256 in _files(version):
+    for kind, key, sha256 in version_files(version):
         report.looked_at[kind] += 1
         try:
             found = blobs.digest(key)

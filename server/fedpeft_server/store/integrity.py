@@ -58,7 +58,7 @@ class Corruption:
         kind: Its kind.
         key: Its key or name.
         sha256: The digest that it should have, hexadecimal.
-        found: What is the matter with it, such as `has sha256 ...`.
+        found: Fault of it, such as `has sha256 ...`.
         aside: Name under which it is kept; empty if it is not.
     """
 

@@ -131,7 +131,7 @@ class Blobs:
 
     def local_path(self, key: str) -> Path:
         """Returns a file that holds the blob: its own in a folder, else a copy that may go once others are read."""
-        return self._own(key) if self._root is not None else self._cache.path(key, partial(self._pieces, key))
+        return self._own(key) if self._root is not None else self._cache.path(key, partial(self.pieces, key))
 
     @contextmanager
     def local(self, key: str) -> Iterator[Path]:
@@ -139,7 +139,7 @@ class Blobs:
         if self._root is not None:
             yield self._own(key)
             return
-        with self._cache.held(key, partial(self._pieces, key)) as path:
+        with self._cache.held(key, partial(self.pieces, key)) as path:
             yield path
 
     @contextmanager
@@ -164,7 +164,7 @@ class Blobs:
             fault = self._files.fault(path, sha256)
             if fault and self._root is None:
                 self._files.report(Corruption(Kind.COPY, key, sha256, fault))
-                path = self._cache.renew(key, partial(self._pieces, key))
+                path = self._cache.renew(key, partial(self.pieces, key))
                 fault = self._files.fault(path, sha256)
         if not fault:
             return path
@@ -210,7 +210,7 @@ class Blobs:
     def digest(self, key: str) -> str:
         """Reads a blob whole and returns its SHA-256, hexadecimal; nothing is cached, trusted or set aside."""
         digest = hashlib.sha256()
-        for piece in self._pieces(key):
+        for piece in self.pieces(key):
             digest.update(piece)
         return digest.hexdigest()
 
@@ -225,7 +225,8 @@ class Blobs:
         with self._translated("looking for", folder):
             return any(len(batch) > 0 for batch in obstore.list(self._store, folder, chunk_size=1))
 
-    def _pieces(self, key: str) -> Iterator[bytes]:
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """Yields the bytes of a blob as they are stored."""
         with self._translated("reading", key):
             yield from map(bytes, obstore.get(self._store, key).stream(CHUNK_BYTES))
 

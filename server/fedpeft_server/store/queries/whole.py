@@ -12,6 +12,11 @@ from fedpeft_server.store import tables
 from fedpeft_server.store.rows import RunState, VersionRow
 
 
+def select_runs(connection: Connection) -> list[str]:
+    """Returns the ids of all runs, oldest first."""
+    return list(connection.execute(select(tables.runs.c.id).order_by(tables.runs.c.created_at)).scalars())
+
+
 def select_versions(connection: Connection, run: str) -> list[VersionRow]:
     """Returns all versions of a run, oldest first."""
     t = tables.versions
