@@ -37,7 +37,7 @@ def select_wanted(connection: Connection) -> Iterator[tuple[str, str, str, str]]
     query = (
         select(t.c.run, t.c.client, t.c.id, u.c.payload_sha256)
         .join(u, u.c.ticket == t.c.id)
-        .join(n, (n.c.run == t.c.run) & (n.c.number == t.c.number))
+        .join(n, (n.c.run == t.c.run) & (n.c.number == t.c.counts_in))
         .join(r, r.c.id == t.c.run)
         .where(
             t.c.state == str(TicketState.RECEIVED),
