@@ -22,7 +22,7 @@ from fedpeft.process import metrics_port
 from fedpeft.process.metrics_port import MetricsServer
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import Refusal
-from fedpeft_server.store.integrity import Corruption, Kind
+from fedpeft_server.store.blobs.integrity import Corruption, Kind
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 _NORMS = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1e3, 1e4)

@@ -14,7 +14,7 @@ from fedpeft_server.checks.runs import check_run
 from fedpeft_server.checks.updates import check_updates
 from fedpeft_server.settings import Settings
 from fedpeft_server.startup_checks import refuse_lost_certificates
-from fedpeft_server.store import integrity
+from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import RunRow

@@ -7,7 +7,8 @@ from pathlib import Path
 from fedpeft.errors import BlobCorrupt, FedpeftError
 from fedpeft.process import durable
 from fedpeft_server.checks.findings import Report
-from fedpeft_server.store import integrity, spool
+from fedpeft_server.store import spool
+from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.queries import whole

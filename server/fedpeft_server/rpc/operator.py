@@ -52,8 +52,8 @@ from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.aggregation import run_header
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
+from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.blobs.open_file import OpenFile
-from fedpeft_server.store.integrity import Kind
 from fedpeft_server.store.rows import ClientRow, Place, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key, version_key
 from fedpeft_server.timing import Timing

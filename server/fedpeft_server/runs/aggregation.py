@@ -38,7 +38,7 @@ from fedpeft_server.runs import audit_trail
 from fedpeft_server.runs.actor import SERVER, RunActor
 from fedpeft_server.runs.fold_lease import FoldLease
 from fedpeft_server.runs.round_log import RoundLog
-from fedpeft_server.store.integrity import Kind
+from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.rows import LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, state_key, state_prefix, version_key, version_prefix
 from fedpeft_server.timing import Timing

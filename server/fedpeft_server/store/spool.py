@@ -27,8 +27,8 @@ from fedpeft.errors import BlobCorrupt, StoreUnavailable, TicketNotFound, Update
 from fedpeft.process.durable import make_folder, refusals, sync
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rpc.wire import manifest_to_proto
-from fedpeft_server.store import integrity
-from fedpeft_server.store.integrity import Corruption, Integrity, Kind
+from fedpeft_server.store.blobs import integrity
+from fedpeft_server.store.blobs.integrity import Corruption, Integrity, Kind
 from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.spool_writer import Owner, SpoolWriter
 

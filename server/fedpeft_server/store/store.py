@@ -20,9 +20,9 @@ from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.clock import DatabaseClock
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.download_cache import DownloadCache
+from fedpeft_server.store.blobs.integrity import Corruption, Integrity
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 from fedpeft_server.store.database import Database
-from fedpeft_server.store.integrity import Corruption, Integrity
 from fedpeft_server.store.rows import VersionRow
 from fedpeft_server.store.shared_transaction import SharedTransaction
 from fedpeft_server.store.spool import Spool

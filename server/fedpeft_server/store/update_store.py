@@ -19,7 +19,7 @@ from fedpeft.adapters.payload import Manifest
 from fedpeft.errors import BlobCorrupt, FedpeftError
 from fedpeft.process.mapped_files import mapped
 from fedpeft_server.store.blobs.blobs import CHUNK_BYTES, Blobs
-from fedpeft_server.store.integrity import Kind
+from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.spool_writer import SpoolWriter

@@ -14,7 +14,7 @@ import pytest
 from fedpeft.rounds.state_machine import ticket_id
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.store import integrity
+from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.store import state_key, version_key
 
 from ..conftest import Daemon, StartDaemon, config, fault, filled

@@ -23,9 +23,9 @@ from obstore.store import LocalStore, from_url
 
 from fedpeft.errors import BlobCorrupt, DiskFull, FedpeftError, StateInvalid, StoreUnavailable
 from fedpeft.process.durable import make_folder, refusals, sync
-from fedpeft_server.store import integrity
+from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.cache import BlobCache
-from fedpeft_server.store.integrity import Corruption, Integrity, Kind
+from fedpeft_server.store.blobs.integrity import Corruption, Integrity, Kind
 from fedpeft_server.store.refusals import store_refusals
 
 log = structlog.get_logger()

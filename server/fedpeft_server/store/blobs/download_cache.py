@@ -20,10 +20,10 @@ from fedpeft.adapters.payload import Entry, Manifest, Selection
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.rpc.wire import manifest_to_proto
 from fedpeft.v1 import tensor_pb2
-from fedpeft_server.store import integrity
+from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.blobs import Blobs
+from fedpeft_server.store.blobs.integrity import Corruption, Integrity, Kind
 from fedpeft_server.store.blobs.open_file import OpenFile
-from fedpeft_server.store.integrity import Corruption, Integrity, Kind
 from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.rows import RunRow, VersionRow
 

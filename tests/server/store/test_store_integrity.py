@@ -15,10 +15,10 @@ import pytest
 from fedpeft.adapters.adapter_file import AdapterInfo, write_adapter
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.errors import BlobCorrupt
-from fedpeft_server.store import integrity
+from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.download_cache import DownloadCache
-from fedpeft_server.store.integrity import Corruption, Integrity, Kind
+from fedpeft_server.store.blobs.integrity import Corruption, Integrity, Kind
 from fedpeft_server.store.rows import VersionRow
 from fedpeft_server.store.store import version_key
 
