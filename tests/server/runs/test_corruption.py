@@ -121,7 +121,7 @@ class TestUpdates:
         await alice.push(task.ticket, filled(0.5))
         flip(spooled(daemon, run, "alice"))
         await bob.push(other.ticket, filled(0.25))
-        await daemon.until(run, lambda found: found.reason != "")
+        assert (await alice.task(run)).ticket == task.ticket
         await alice.withdraw(task.ticket, "it is not here any more")
         (carol,) = await daemon.clients("carol")
         await carol.push((await carol.task(run)).ticket, filled(0.5))
