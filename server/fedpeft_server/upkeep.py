@@ -54,9 +54,14 @@ class Upkeep:
         background.every("clock", timing.database_check_s, self._store.set_clock)
 
     async def _write_activity(self) -> None:
-        sessions = self._parts.sessions
-        self._parts.metrics.registered(sessions.silences(time.time()))
+        sessions, now = self._parts.sessions, self._store.clock.time()
+        waits_elsewhere = self._parts.runs.lobby.waits_elsewhere
+        self._parts.metrics.registered(sessions.silences(now, waits_elsewhere))
         await write_activity(self._parts.byte_counter, sessions, self._store)
+        if self._store.db.is_shared:  # others write as often
+            seen = await self._store.transact(self._store.db.clients_seen, now - 4 * self._timing.traffic_write_s)
+            sessions.note_seen(seen)
+            await self._parts.runs.show_traffic()
 
     async def _write_payloads(self) -> None:
         """Writes traffic soon after a payload moved: what is not written is lost if the process is killed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 from grafana_foundation_sdk.models import units
 
-from fedpeft_dashboards.panels import DAEMONS, GREEN, RED, RUNS, YELLOW, Query, board, lines, numbers
+from fedpeft_dashboards.panels import DAEMONS, GREEN, RED, RUNS, YELLOW, Query, board, lines, numbers, once
 
 QUANTILES = ((0.05, "slowest 5 %"), (0.5, "median"), (0.95, "fastest 5 %"))
 
@@ -26,7 +26,7 @@ def _clients(to: Dashboard) -> None:
             "Registered clients",
             "present: called within 2 minutes; silent: within a day; gone: not for a day. Names: fedpeft client list.",
             units.NoUnit,
-            Query(f"sum by (role, state) (fedpeft_registered_clients{{{DAEMONS}}})", "{{role}} {{state}}"),
+            Query(f"max by (role, state) (fedpeft_registered_clients{{{DAEMONS}}})", "{{role}} {{state}}"),
             stacked=True,
             steps=True,
         )
@@ -35,7 +35,7 @@ def _clients(to: Dashboard) -> None:
             "What they are doing",
             "Waiting to be sampled, or their tickets in the round in progress.",
             units.NoUnit,
-            Query(f"sum by (state) (fedpeft_clients{{{RUNS}}})", "{{state}}"),
+            Query(f"sum by (state) ({once('run, state', 'fedpeft_clients')})", "{{state}}"),
             stacked=True,
             steps=True,
         )
@@ -102,8 +102,8 @@ def _sums(to: Dashboard) -> None:
             "How many times as much the last round would have sent.",
             units.NoUnit,
             Query(
-                f"fedpeft_full_finetuning_bytes{{{RUNS}}} / ignoring (direction) group_right () "
-                f"(fedpeft_last_round_bytes{{{RUNS}}} > 0)",
+                f"{once('run', 'fedpeft_full_finetuning_bytes')} / ignoring (direction) group_right () "
+                f"({once('run, direction', 'fedpeft_last_round_bytes')} > 0)",
                 "{{run}} {{direction}}",
             ),
         )
@@ -117,9 +117,9 @@ def _rounds(to: Dashboard) -> None:
             "Bytes of a round",
             "Of the round in progress, and the budget: 4 bytes a parameter sent, for each client sampled.",
             units.BytesIEC,
-            Query(f"fedpeft_round_bytes{{{RUNS}}}", "{{run}} {{direction}}"),
-            Query(f"fedpeft_last_round_bytes{{{RUNS}}}", "{{run}} {{direction}}, last round"),
-            Query(f"fedpeft_round_budget_bytes{{{RUNS}}}", "{{run}} {{direction}}, budget"),
+            Query(once("run, direction", "fedpeft_round_bytes"), "{{run}} {{direction}}"),
+            Query(once("run, direction", "fedpeft_last_round_bytes"), "{{run}} {{direction}}, last round"),
+            Query(once("run, direction", "fedpeft_round_budget_bytes"), "{{run}} {{direction}}, budget"),
             steps=True,
         )
     ).with_panel(
@@ -127,9 +127,10 @@ def _rounds(to: Dashboard) -> None:
             "Share of the budget",
             "A little above 1 is usual without an encoding; above 1.5 uploads or downloads are repeated.",
             units.PercentUnit,
-            Query(f"run_direction:fedpeft_round_bytes:budget_ratio{{{RUNS}}}", "{{run}} {{direction}}"),
+            Query(once("run, direction", "run_direction:fedpeft_round_bytes:budget_ratio"), "{{run}} {{direction}}"),
             Query(
-                f"run_direction:fedpeft_last_round_bytes:budget_ratio{{{RUNS}}}", "{{run}} {{direction}}, last round"
+                once("run, direction", "run_direction:fedpeft_last_round_bytes:budget_ratio"),
+                "{{run}} {{direction}}, last round",
             ),
             limit=1.5,
             steps=True,
@@ -162,7 +163,7 @@ def _traffic(to: Dashboard) -> None:
             "Beyond the budget",
             "Bytes of the dearer of the round in progress and the last one, less the budget; below 0 is within it.",
             units.BytesIEC,
-            Query(f"run_direction:fedpeft_round_bytes:beyond_budget{{{RUNS}}}", "{{run}} {{direction}}"),
+            Query(once("run, direction", "run_direction:fedpeft_round_bytes:beyond_budget"), "{{run}} {{direction}}"),
             (None, GREEN),
             (2**20, YELLOW),
             (2**30, RED),

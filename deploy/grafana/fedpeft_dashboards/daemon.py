@@ -185,7 +185,7 @@ def _evaluation(to: Dashboard) -> None:
             "Backlog",
             "Versions still to be scored, of each run, by the evaluator that has most left.",
             units.NoUnit,
-            Query(f"fedpeft_evaluation_backlog{{{DAEMONS}}}", "{{run}}"),
+            Query(f"max by (run) (fedpeft_evaluation_backlog{{{DAEMONS}}})", "{{run}}"),
         )
     ).with_panel(
         lines("Not scored", "Versions that an evaluator could not score.", units.NoUnit, Query(failed, "{{run}}"))

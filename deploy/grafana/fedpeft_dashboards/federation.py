@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 from grafana_foundation_sdk.models import units
 
-from fedpeft_dashboards.panels import GREEN, RED, RUNS, YELLOW, Query, board, lines, numbers, rows, states
+from fedpeft_dashboards.panels import GREEN, RED, RUNS, YELLOW, Query, board, lines, numbers, once, rows, states
 
 
 def federation() -> Dashboard:
@@ -23,7 +23,7 @@ def _runs(to: Dashboard) -> None:
             "Runs by state",
             "A paused run opens no round until somebody resumes it: fedpeft run resume ID.",
             units.NoUnit,
-            Query(f"sum by (state) (fedpeft_run_state{{{RUNS}}})", "{{state}}"),
+            Query(f"sum by (state) ({once('run, state', 'fedpeft_run_state')})", "{{state}}"),
             width=16,
         )
     ).with_panel(
@@ -42,7 +42,7 @@ def _runs(to: Dashboard) -> None:
         rows(
             "Runs",
             "What each run tunes, and the round it is in.",
-            Query(f"fedpeft_round{{{RUNS}}} * {info}", ""),
+            Query(f"max by (run, name, method, model) (fedpeft_round{{{RUNS}}} * {info})", ""),
             (("run", "Run"), ("name", "Name"), ("method", "Method"), ("model", "Model"), ("Value", "Round")),
         )
     )
@@ -55,7 +55,7 @@ def _learning(to: Dashboard) -> None:
             "Accuracy",
             "Of the version scored last, by the evaluators' splits.",
             units.PercentUnit,
-            Query(f"fedpeft_accuracy{{{RUNS}}}", "{{run}} {{split}}"),
+            Query(once("run, split", "fedpeft_accuracy"), "{{run}} {{split}}"),
             steps=True,
         )
     ).with_panel(
@@ -63,7 +63,7 @@ def _learning(to: Dashboard) -> None:
             "Loss",
             "Mean loss in nats: of the version scored last, and (split train) as the clients of the last round saw it.",
             units.NoUnit,
-            Query(f"fedpeft_loss{{{RUNS}}}", "{{run}} {{split}}"),
+            Query(once("run, split", "fedpeft_loss"), "{{run}} {{split}}"),
             steps=True,
         )
     )
@@ -75,16 +75,16 @@ def _in_progress(to: Dashboard) -> None:
         states(
             "Phase",
             "waiting: too few clients are there. open: clients train. aggregating: the server folds.",
-            Query(f"fedpeft_round_phase{{{RUNS}}} == 1", "{{run}} {{phase}}"),
+            Query(f"{once('run, phase', 'fedpeft_round_phase')} == 1", "{{run}} {{phase}}"),
         )
     ).with_panel(
         lines(
             "Updates",
             "Received, against the quorum that suffices at the deadline and the goal that closes the round at once.",
             units.NoUnit,
-            Query(f'fedpeft_clients{{{RUNS}, state="received"}}', "{{run}} received"),
-            Query(f"fedpeft_round_quorum{{{RUNS}}}", "{{run}} quorum"),
-            Query(f"fedpeft_round_goal{{{RUNS}}}", "{{run}} goal"),
+            Query(once("run", "fedpeft_clients", 'state="received"'), "{{run}} received"),
+            Query(once("run", "fedpeft_round_quorum"), "{{run}} quorum"),
+            Query(once("run", "fedpeft_round_goal"), "{{run}} goal"),
             steps=True,
         )
     )
@@ -93,7 +93,7 @@ def _in_progress(to: Dashboard) -> None:
             "Time used",
             "Share of the time until the deadline; whoever is awaited after 80 % is a straggler.",
             units.PercentUnit,
-            Query(f"run:fedpeft_round_time:used_ratio{{{RUNS}}}", "{{run}}"),
+            Query(once("run", "run:fedpeft_round_time:used_ratio"), "{{run}}"),
             width=8,
             limit=0.8,
         )
@@ -102,7 +102,7 @@ def _in_progress(to: Dashboard) -> None:
             "Awaited",
             "Clients that hold a ticket and have not sent their update.",
             units.NoUnit,
-            Query(f'fedpeft_clients{{{RUNS}, state="issued"}}', "{{run}}"),
+            Query(once("run", "fedpeft_clients", 'state="issued"'), "{{run}}"),
             width=8,
             steps=True,
         )
@@ -111,9 +111,9 @@ def _in_progress(to: Dashboard) -> None:
             "Ready for the next round",
             "Clients that wait to be sampled, against what a round needs to open; those that declined the run.",
             units.NoUnit,
-            Query(f'fedpeft_clients{{{RUNS}, state="waiting"}}', "{{run}} waiting"),
-            Query(f'fedpeft_clients{{{RUNS}, state="declined"}}', "{{run}} declined"),
-            Query(f"fedpeft_round_available{{{RUNS}}}", "{{run}} needed"),
+            Query(once("run", "fedpeft_clients", 'state="waiting"'), "{{run}} waiting"),
+            Query(once("run", "fedpeft_clients", 'state="declined"'), "{{run}} declined"),
+            Query(once("run", "fedpeft_round_available"), "{{run}} needed"),
             width=8,
             steps=True,
         )
@@ -127,14 +127,14 @@ def _held(to: Dashboard) -> None:
             "Round",
             "Number of the round in progress.",
             units.NoUnit,
-            Query(f"fedpeft_round{{{RUNS}}}", "{{run}}"),
+            Query(once("run", "fedpeft_round"), "{{run}}"),
         )
     ).with_panel(
         numbers(
             "Extensions",
             "Deadlines that the round in progress passed without a quorum.",
             units.NoUnit,
-            Query(f"fedpeft_round_extensions{{{RUNS}}}", "{{run}}"),
+            Query(once("run", "fedpeft_round_extensions"), "{{run}}"),
             (None, GREEN),
             (1, YELLOW),
             (3, RED),
@@ -182,7 +182,7 @@ def _measured(to: Dashboard) -> None:
             "Privacy budget spent",
             "Epsilon of the committed rounds, at the run's delta; only of runs with [privacy] noise at the server.",
             units.NoUnit,
-            Query(f"fedpeft_privacy_epsilon{{{RUNS}}}", "{{run}}"),
+            Query(once("run", "fedpeft_privacy_epsilon"), "{{run}}"),
             steps=True,
             width=24,
         )

@@ -40,6 +40,15 @@ class Query:
     legend: str
 
 
+def once(labels: str, metric: str, also: str = "") -> str:
+    """Returns the expression for a gauge of runs, once for each value of some labels.
+
+    Every daemon on a database shows the same gauges of its runs, so their greatest stands for all.
+    """
+    chosen = f"{RUNS}, {also}" if also else RUNS
+    return f"max by ({labels}) ({metric}{{{chosen}}})"
+
+
 def board(uid: str, title: str, what: str, *, of_runs: bool) -> dashboard.Dashboard:
     """Returns a dashboard without panels.
 

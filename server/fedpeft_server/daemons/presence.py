@@ -1,4 +1,4 @@
-"""Tells the other daemons on the database who waits here, and keeps who waits with them.
+"""Tells the other daemons on the database who waits here and how far clients are, and keeps what they tell of that.
 
 Nothing of it is written: it passes as notices. A daemon tells who came and went since it told last, and every second
 that it is there; one that hears of a daemon it does not know asks it for everybody who waits there. A daemon that was
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +18,7 @@ import structlog
 from fedpeft.errors import FedpeftError
 from fedpeft_server.background import Background
 from fedpeft_server.runs.lobby import Lobby
+from fedpeft_server.runs.progress_watch import ProgressWatch
 from fedpeft_server.runs.seats import Seat
 from fedpeft_server.store.notices import Notice, Topic
 from fedpeft_server.store.store import Store
@@ -32,13 +33,25 @@ class Presence:
     Args:
         store: Its database tells the others.
         lobby: The clients that wait here, and those elsewhere.
+        progress: How far clients are that hold tickets.
+        uploading: Returns the clients whose updates are arriving here.
         background: Watches over the telling.
         timing: Pauses, and time after which a daemon is gone.
     """
 
-    def __init__(self, store: Store, lobby: Lobby, background: Background, timing: Timing) -> None:
+    def __init__(
+        self,
+        store: Store,
+        lobby: Lobby,
+        progress: ProgressWatch,
+        uploading: Callable[[], list[str]],
+        background: Background,
+        timing: Timing,
+    ) -> None:
         self._store = store
         self._lobby = lobby
+        self._progress = progress
+        self._uploading = uploading
         self._background = background
         self._timing = timing
         self._heard: dict[str, float] = {}  # the other daemons, by id: when they were heard last, monotonic
@@ -75,6 +88,11 @@ class Presence:
                 self._lobby.vacate(daemon)
             case Topic.SEATS:
                 self._lobby.seat_elsewhere(daemon, map(_seat, notice.keys))
+            case Topic.ALIVE:
+                self._progress.upload_elsewhere(daemon, list(map(str, notice.keys)))
+            case Topic.PROGRESS:
+                for ticket, step, steps in notice.keys:
+                    self._progress.follow_report(str(ticket), int(step), int(steps))
             case Topic.BYE:
                 self._forget(daemon)
 
@@ -95,7 +113,7 @@ class Presence:
             with self._background.attempt("seats"):
                 if time.monotonic() >= alive_at + pause_s:
                     alive_at = time.monotonic()
-                    await self._tell(Topic.ALIVE)
+                    await self._tell_progress()
                 await self._tell_news()
                 told = True
             if not told:  # some of it may be lost
@@ -107,6 +125,11 @@ class Presence:
         self._has_left = True
         with suppress(FedpeftError):
             await self._tell(Topic.BYE)
+
+    async def _tell_progress(self) -> None:
+        await self._tell(Topic.ALIVE, self._uploading())
+        if reports := self._progress.take_reports():
+            await self._tell(Topic.PROGRESS, [(ticket, *report) for ticket, report in reports.items()])
 
     async def _tell_news(self) -> None:
         if self._greets:
@@ -137,6 +160,7 @@ class Presence:
     def _forget(self, daemon: str) -> None:
         self._heard.pop(daemon, None)
         self._lobby.vacate(daemon)
+        self._progress.upload_elsewhere(daemon, ())
 
     def _welcome(self, daemon: str) -> None:
         log.info("another server is on this database", server=daemon)

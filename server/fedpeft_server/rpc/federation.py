@@ -116,7 +116,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         if role == "evaluator":
             await self._runs.scoring.try_again(client)
         (instance, process), said = self._sessions.holder(client), capabilities.SerializeToString()
-        now = time.time()
+        now = self._store.clock.time()
         await self._store.registrations.put(ClientRow(client, instance, role, said, now, now, process=process))
         self._log.info("client registered", client=client, role=role, device=capabilities.device)
         return response

@@ -248,7 +248,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         return client_message(row, self._activity(row.id, training=bool(found)), answers, scoring, progress)
 
     def _activity(self, client: str, *, training: bool) -> str:
-        if self._uploads.has(client):
+        if self._runs.progress.is_uploading(client):
             return "uploading"
         if self._runs.lobby.is_waiting(client):
             return "waiting"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -95,9 +95,13 @@ class Sessions:
         known: The clients of the database, which need not register again after a restart of the server.
         limit: Clients that may be registered.
         timing: Time for which an instance holds its id, and after which a client counts as silent, or as gone.
+        now: The clock, in seconds since the epoch.
     """
 
-    def __init__(self, known: list[ClientRow], limit: int, timing: Timing) -> None:
+    def __init__(
+        self, known: list[ClientRow], limit: int, timing: Timing, now: Callable[[], float] = time.time
+    ) -> None:
+        self._now = now
         self._limit = limit
         self._timing = timing
         self._sessions = {row.id: Session(row.instance, row.process, row.role, seen_at=row.last_seen) for row in known}
@@ -185,7 +189,7 @@ class Sessions:
         session.instance = instance
         session.calls += 1
         session.seen = session.moved = time.monotonic()
-        session.seen_at = self._touched[client] = time.time()
+        session.seen_at = self._touched[client] = self._now()
         context.add_done_callback(cast(Any, partial(self._ended, client, session)))
         call = CALL.get()
         call.client, call.moved = client, partial(self._note_activity, client, session)
@@ -277,12 +281,28 @@ class Sessions:
         session = self._sessions[client]
         return session.instance, session.process
 
-    def silences(self, now: float) -> Counter[tuple[str, str]]:
-        """Returns how many clients registered in each role, by how long they have not called at time `now`."""
+    def note_seen(self, seen: Mapping[str, float]) -> None:
+        """Takes up when clients were last seen, by whichever daemon."""
+        ahead = time.monotonic() - self._now()
+        for client, at in seen.items():
+            session = self._sessions.get(client)
+            if session is not None:
+                session.seen_at = max(session.seen_at, at)
+                session.moved = max(session.moved, at + ahead)
+
+    def silences(
+        self, now: float, waits_elsewhere: Callable[[str], bool] = lambda _: False
+    ) -> Counter[tuple[str, str]]:
+        """Returns how many clients registered in each role, by how long they have not called at time `now`.
+
+        One that waits with another daemon is present there, however long ago its call began.
+        """
         silent, gone = now - self._timing.session_silent_s, now - self._timing.session_gone_s
-        present = Counter(p.role for p in self._sessions.values() if p.role and (p.calls or p.seen_at > silent))
-        lost = Counter(p.role for p in self._sessions.values() if p.role and not p.calls and p.seen_at <= gone)
-        known = Counter(p.role for p in self._sessions.values() if p.role)
+        calling = {client for client, p in self._sessions.items() if p.calls or waits_elsewhere(client)}
+        of_role = [(client, p) for client, p in self._sessions.items() if p.role]
+        present = Counter(p.role for client, p in of_role if client in calling or p.seen_at > silent)
+        lost = Counter(p.role for client, p in of_role if client not in calling and p.seen_at <= gone)
+        known = Counter(p.role for _, p in of_role)
         counts: Counter[tuple[str, str]] = Counter()
         for role, number in known.items():
             counts[role, Silence.PRESENT] = present[role]
@@ -310,7 +330,7 @@ class Sessions:
 
     def _note_activity(self, client: str, session: Session) -> None:
         session.note_activity()
-        self._touched[client] = time.time()  # a transfer may take long, and other daemons are not to think it gone
+        self._touched[client] = self._now()  # a transfer may take long, and other daemons are not to think it gone
 
     def _refuse_one_too_many(self, client: str) -> None:
         known = self._sessions.get(client)
@@ -336,7 +356,7 @@ class Sessions:
     def _ended(self, client: str, session: Session, _: object) -> None:
         session.calls -= 1
         session.seen = time.monotonic()
-        session.seen_at = time.time()
+        session.seen_at = self._now()
         # Who never registered is forgotten, so that made-up ids cost no memory.
         if not session.role and not session.calls and self._sessions.get(client) is session:
             del self._sessions[client]

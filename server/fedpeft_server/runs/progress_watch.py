@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -65,6 +65,8 @@ class ProgressWatch:
         self._uploading = uploading
         self._open: dict[str, _Open] = {}  # by ticket
         self._of: dict[str, set[str]] = {}  # tickets by client
+        self._reports: dict[str, tuple[int, int]] | None = None  # None where nobody asks for them
+        self._uploads_elsewhere: dict[str, frozenset[str]] = {}  # by daemon
         self._ill: dict[str, dict[str, State]] = {}  # run, client: those of whom there was something to say
 
     def issued(self, run: str, tickets: Iterable[Ticket]) -> None:
@@ -85,6 +87,28 @@ class ProgressWatch:
             raise ProgressInvalid(f"step {fault}", (("step", fault),))
         if (open_ := self._open.get(ticket)) is not None:
             open_.progress = open_.progress.reported(step, steps, time.monotonic())
+            if self._reports is not None and steps:
+                self._reports[ticket] = step, steps
+
+    def take_reports(self) -> dict[str, tuple[int, int]]:
+        """Returns step and steps of the tickets for which clients said how far they are since this was asked last."""
+        reports, self._reports = self._reports or {}, {}
+        return reports
+
+    def follow_report(self, ticket: str, step: int, steps: int) -> None:
+        """Takes up what a client said to another daemon."""
+        if (open_ := self._open.get(ticket)) is not None:
+            open_.progress = open_.progress.reported(step, steps, time.monotonic())
+
+    def upload_elsewhere(self, daemon: str, clients: Collection[str]) -> None:
+        """Takes up of which clients updates are arriving at another daemon; none where it is gone."""
+        self._uploads_elsewhere.pop(daemon, None)
+        if clients:
+            self._uploads_elsewhere[daemon] = frozenset(clients)
+
+    def is_uploading(self, client: str) -> bool:
+        """Returns True if an update of a client is arriving, here or elsewhere."""
+        return self._uploading(client) or any(client in clients for clients in self._uploads_elsewhere.values())
 
     @contextmanager
     def noting_refusals(self, run: str, client: str, transfer: State) -> Iterator[None]:
@@ -203,7 +227,7 @@ class ProgressWatch:
             open_.past = Past([each for each, _ in taken], [each for _, each in taken if each is not None])
 
     def _judge(self, open_: _Open) -> Verdict:
-        heard, uploading = self._heard(open_.client), self._uploading(open_.client)
+        heard, uploading = self._heard(open_.client), self.is_uploading(open_.client)
         past = open_.past or NO_PAST
         return judge(open_.progress, time.monotonic(), heard=heard, uploading=uploading, past=past, timing=self.timing)
 

@@ -243,6 +243,11 @@ class Runs:
             self.show_backlog(engine)
             self.watchers.announce(run_id, version)
 
+    async def show_traffic(self) -> None:
+        """Shows the bytes of the rounds in progress as they are in the database, those of all daemons together."""
+        for engine in list(self._active.values()):
+            await self._show_bytes(engine)
+
     def _drop(self, engine: RunEngine) -> None:
         """Forgets a run that was deleted."""
         run_id = engine.run.id
@@ -446,6 +451,12 @@ class Runs:
         for split, figures in snapshot.scored.items():
             self._metrics.scored(run, split, figures)
         return snapshot
+
+    async def _show_bytes(self, engine: RunEngine) -> None:
+        run, number = engine.run.id, engine.round.number
+        snapshot = await self._store.transact(self._store.db.gauge_snapshot, run, number)
+        if (run, number) == (engine.run.id, engine.round.number) and engine.active:
+            self._byte_counter.resume(run, number, snapshot.current, snapshot.last)
 
     async def _show_again(self, engine: RunEngine) -> None:
         """Sets the gauges that would else be empty until the next round or the next figures."""

@@ -459,6 +459,11 @@ class Database:
         with self._reading() as connection:
             return client_queries.select_clients(connection, after, most)
 
+    def clients_seen(self, since: float) -> dict[str, float]:
+        """Returns when those clients were last seen that were since a time."""
+        with self._reading() as connection:
+            return client_queries.select_seen(connection, since)
+
     def clients_named(self, clients: Sequence[str]) -> list[ClientRow]:
         """Returns those of some clients that registered."""
         with self._reading() as connection:

@@ -105,6 +105,10 @@ class Uploads:
         """Returns True if a client's update is arriving."""
         return self._slots.has(client)
 
+    def clients(self) -> list[str]:
+        """Returns the clients whose updates are arriving."""
+        return self._slots.clients()
+
     def drain(self) -> None:
         """Lets uploads under way finish, and no other begin."""
         self._slots.close()

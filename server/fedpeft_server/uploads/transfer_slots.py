@@ -147,6 +147,10 @@ class TransferSlots:
         """Returns True if a client's transfer is under way."""
         return client in self._held
 
+    def clients(self) -> list[str]:
+        """Returns the clients whose transfers are under way."""
+        return list(self._held)
+
     def awaited(self) -> bool:
         """Returns True if anybody waits for a slot."""
         now = time.monotonic()

@@ -17,7 +17,7 @@ from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server.store.rows import AuditEvent
 
-from ..conftest import SPEC, config, filled, header, refused, zeros
+from ..conftest import SPEC, Daemon, config, filled, header, refused, zeros
 from .conftest import Federation, task
 
 
@@ -191,3 +191,27 @@ async def test_what_was_told_while_nobody_listened_is_made_up_for(federation: Fe
     await federation.until(lambda d: d.server.runs.find(other.id) and d.server.runs.matching.ready(run.id) == {"a"})
     tasks = await asyncio.gather(waiting, b[1].wait(run.id))
     assert {t.training.run for t in tasks} == {run.id}
+
+
+@pytest.mark.timed(daemon_alive_s=0.1, traffic_write_s=0.2)
+async def test_how_far_clients_are_and_what_they_sent_is_shown_alike_by_every_daemon(federation: Federation) -> None:
+    run = await federation.daemons[0].create(config(rounds={"count": 1, "clients": 2}))
+    a, b = await federation.clients("a", "b")
+    given, other = await asyncio.gather(task(a[0]), task(b[1]))
+    request = fed.GetUploadRequest(ticket=given.ticket, step=3, steps=10)
+    await a[2].stub.GetUpload(request, metadata=a[2].metadata)
+    await b[1].push(other.ticket, filled(1.0))
+
+    def shown(daemon: Daemon) -> bool:
+        awaited = daemon.server.runs.progress.awaited(daemon.server.runs.get(run.id), 8)
+        return [(client, progress.step) for client, progress, _ in awaited] == [("a", 3)]
+
+    await federation.until(shown)
+    sums = []
+    await asyncio.sleep(0.8)
+    for daemon in federation.daemons:
+        value = daemon.server.metrics.registry.get_sample_value
+        sums.append(tuple(value("fedpeft_round_bytes", {"run": run.id, "direction": way}) for way in ("up", "down")))
+        assert value("fedpeft_registered_clients", {"role": "trainer", "state": "present"}) == 2
+        assert value("fedpeft_clients", {"run": run.id, "state": "received"}) == 1
+    assert len(set(sums)) == 1 and sums[0][0] > 4 * SPEC.parameters

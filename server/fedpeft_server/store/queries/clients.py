@@ -49,6 +49,13 @@ def select_client(connection: Connection, client: str) -> ClientRow | None:
     return None if row is None else _client(row)
 
 
+def select_seen(connection: Connection, since: float) -> dict[str, float]:
+    """Returns when those clients were last seen that were since a time."""
+    table = tables.clients
+    rows = connection.execute(select(table.c.id, table.c.last_seen).where(table.c.last_seen >= since))
+    return {row.id: row.last_seen for row in rows}
+
+
 def select_named(connection: Connection, clients: Sequence[str]) -> list[ClientRow]:
     """Returns those of some clients that are known."""
     named = (clients[i : i + _IDS] for i in range(0, len(clients), _IDS))
