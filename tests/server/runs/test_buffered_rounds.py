@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +14,14 @@ import pytest
 
 from fedpeft.adapters import payload
 from fedpeft.config import RunConfig
-from fedpeft.errors import VersionBeingMade
+from fedpeft.errors import RoundClosed, RunFinished, VersionBeingMade
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.cli.run.verify import verified
 from fedpeft_operator.cli.session import Session
 
+from ...simulated_time.replay import differences
 from ..conftest import SPEC, Daemon, RawClient, StartDaemon, config, fault, filled, header, refused, zeros
 
 STALE = np.float32(2**-0.5)
@@ -231,6 +235,47 @@ async def test_a_client_that_gives_a_ticket_of_an_earlier_round_back_has_another
     rounds = {each.number: {t.id for t in each.tickets} for each in await daemon.rounds(run)}
     assert for_c.ticket in rounds[1] and another.ticket in rounds[2]
     await daemon.end()
+
+
+async def test_a_run_of_many_hands_is_made_again_from_the_order_of_receipt(start: StartDaemon, tmp_path: Path) -> None:
+    """Clients of unlike pace, one that dies, and a daemon that is started again: the pure core makes the same bytes."""
+    daemon = await start(keep_updates=True)
+    names, drawn = "abcdef", random.Random(7)
+    run = (await daemon.create(buffered(count=12, concurrency=4, max_staleness=3, min_available=2))).id
+
+    async def work(client: RawClient) -> None:
+        while True:
+            answer = await client.wait(run)
+            if answer.idle.finished:
+                return
+            if not answer.HasField("training"):
+                continue
+            task, pace = answer.training, 0.01 if client.name in "ab" else 0.1
+            await client.pull(run, task.version)
+            await asyncio.sleep(drawn.uniform(0.0, pace))
+            if client.name == "f" and task.round > 1:
+                return  # it dies with a ticket
+            with suppress(RoundClosed, RunFinished):
+                await client.push(task.ticket, filled(drawn.uniform(-1.0, 1.0)))
+
+    async def all_work() -> None:
+        await asyncio.gather(*map(work, await daemon.clients(*names)))
+
+    working = asyncio.create_task(all_work())
+    await committed(daemon, run, 4)
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    await daemon.end()
+    daemon = await start(keep_updates=True)
+    working = asyncio.create_task(all_work())
+    await daemon.until(run, lambda found: found.state == run_pb2.RUN_STATE_COMPLETED, 30)
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    rounds = await daemon.rounds(run)
+    assert max(age for each in rounds for age in ages(each).values()) > 0, "some were stale"
+    assert await verify(daemon, run) == [f"round {n}: record, version and replay agree" for n in range(1, 13)]
+    await daemon.end()
+    assert list(differences(daemon.server.settings.data_dir, tmp_path / "replay")) == []
 
 
 async def test_the_last_version_ends_the_run_for_those_at_work(daemon: Daemon) -> None:
