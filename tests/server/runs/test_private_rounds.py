@@ -17,6 +17,7 @@ from dp_accounting.pld import PLDAccountant
 
 from fedpeft.api import views
 from fedpeft.config import RunConfig
+from fedpeft.privacy.events import Noised
 from fedpeft.rounds import record
 from fedpeft.rounds.state_machine import Round
 from fedpeft.v1 import operator_service_pb2 as op
@@ -91,6 +92,27 @@ async def test_a_round_with_noise_says_what_it_spent(start: StartDaemon) -> None
     await daemon.end()
     again = await start()
     assert again.server.metrics.privacy_epsilon.labels(run)._value.get() == pytest.approx(on_paper(2), abs=1e-9)
+
+
+async def test_buffered_rounds_are_composed_plainly_and_a_client_is_once_in_each(daemon: Daemon) -> None:
+    """A stale update is a function of a version that was published, so the versions compose as those of any rounds."""
+    rounds = {"policy": "buffered", "count": 3, "clients": 2, "concurrency": 3, "quorum": 2}
+    run = (await daemon.create(config(rounds=rounds, privacy=PRIVACY))).id
+    a, b, c = await daemon.clients("a", "b", "c")
+    first = await asyncio.gather(*(client.task() for client in (a, b, c)))
+    await a.push(first[0].ticket, filled(0.5))
+    await b.push(first[1].ticket, filled(0.5))
+    await daemon.until(run, lambda found: found.version == 1)
+    again = await asyncio.gather(a.task(), b.task())
+    await c.push(first[2].ticket, filled(0.5))
+    await a.push(again[0].ticket, filled(0.5))
+    await daemon.until(run, lambda found: found.version == 2)
+    *_, done = [each for each in await daemon.rounds(run) if each.record]
+    made = record.parse(done.record)
+    assert [(each.client, each.weight, each.staleness) for each in made.contributions] == [("a", 1.0, 0), ("c", 1.0, 1)]
+    (noised,) = [event for event in made.events if isinstance(event, Noised)]
+    assert (noised.noise_multiplier, noised.divisor, noised.count) == (Z, 2, 2)
+    assert done.metrics["privacy_epsilon"] == pytest.approx(on_paper(2), rel=1e-3)
 
 
 async def test_noise_is_worked_out_when_the_run_is_created_and_its_rounds_keep_to_the_target(
