@@ -25,6 +25,7 @@ from fedpeft_server.access.bounds import Refusal
 from fedpeft_server.store.blobs.integrity import Corruption, Kind
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
+_STALENESS = (0, 1, 2, 3, 5, 10, 20, 50, 100)
 _NORMS = (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1e3, 1e4)
 _RATES = (0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 _MEMORY = tuple(float(gib * 2**30) for gib in (0.25, 0.5, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 144, 192))
@@ -37,6 +38,7 @@ _BEGINNINGS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "round_seconds": (("open",), ("aggregating",)),
     "updates": (("received",), ("refused",), ("late",), ("excluded",), ("lost",)),
     "update_norm": ((),),
+    "update_staleness": ((),),
     "evaluation_backlog": ((),),
     "evaluations_failed": ((),),
     "awaited_clients": (("training",), ("uploading",), ("slow",), ("stalled",), ("silent",)),
@@ -289,6 +291,13 @@ class Metrics:
         self.update_norm = Histogram(
             "fedpeft_update_norm", "Euclidean norm of a decoded update.", run, buckets=_NORMS, registry=r
         )
+        self.update_staleness = Histogram(
+            "fedpeft_update_staleness",
+            "Versions made between the one that an update started from and its round's; 0 in synchronous rounds.",
+            run,
+            buckets=_STALENESS,
+            registry=r,
+        )
         self.clients = Gauge(
             "fedpeft_clients",
             "Clients of a run by state: `waiting` to be sampled, `declined`, `set_aside`; and those sampled for the "
@@ -340,9 +349,10 @@ class Metrics:
         if "loss" in figures:
             self.loss.labels(run, split).set(figures["loss"])
 
-    def received(self, run: str, norm: float, figures: Mapping[str, float]) -> None:
-        """Counts an update; `figures` came with it."""
+    def received(self, run: str, norm: float, figures: Mapping[str, float], staleness: int = 0) -> None:
+        """Counts an update, which is so many versions behind; `figures` came with it."""
         self.updates.labels(run, "received").inc()
+        self.update_staleness.labels(run).observe(staleness)
         self.update_norm.labels(run).observe(norm)
         for name in _OF_CLIENTS:
             if figures.get(name, -1) >= 0:  # a client may send anything finite, and a sum must not fall

@@ -333,6 +333,9 @@ class FederationServiceServicer:
         is refused before the first chunk and leaves the ticket good: the client sends another header, or calls Withdraw, so
         that nobody waits for an update that will not come. With CHECKSUM_MISMATCH all bytes of the upload are discarded.
 
+        In buffered rounds (RoundsConfig.policy) a ticket outlives its round. An update that comes while a version is made counts
+        in the next one: the answer comes then, or BEING_CHECKED or VERSION_BEING_MADE, and the client asks again.
+
         When the round closes, an update may still be excluded, because its norm is far above that of the others
         (AggregationConfig.norm_factor): its ticket, RECEIVED so far, becomes REFUSED with a reason that begins with
         UPDATE_EXCLUDED. It is then treated as one that came too late: it goes into the residual. A client finds out with

@@ -207,9 +207,11 @@ class RunEngine:
         made = await self.actor.transit(decide)
         for update in made.updates if made else ():
             state = found.changes.round if found.changes else self.round
-            client = state.ticket(update.ticket).client
-            self._metrics.received(self.run.id, update.norm, update.metrics)
-            self._log.info("update received", round=state.number, client=client, examples=update.examples)
+            ticket = state.ticket(update.ticket)
+            stale = state.staleness(ticket)
+            self._metrics.received(self.run.id, update.norm, update.metrics, stale)
+            facts = {"client": ticket.client, "examples": update.examples, **({"staleness": stale} if stale else {})}
+            self._log.info("update received", round=state.number, **facts)
         await found.settle(self._store)
 
     @shielded

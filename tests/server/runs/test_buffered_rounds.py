@@ -177,6 +177,33 @@ async def test_a_paused_run_that_cannot_fold_has_later_updates_asked_for_again(
     assert ages(await committed(daemon, run, 2)) == {"b": 1}
 
 
+async def test_a_daemon_that_ends_while_a_version_is_made_keeps_nobody_waiting(
+    start: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = await start(drain_s=5)
+    run, ((a, for_a), (b, for_b), _) = await begin(daemon, clients=1)
+    release, fold = asyncio.Event(), daemon.server.store.fold
+
+    async def slowly(function: Any, *arguments: Any) -> Any:
+        await release.wait()
+        return await fold(function, *arguments)
+
+    monkeypatch.setattr(daemon.server.store, "fold", slowly)
+    await a.push(for_a.ticket, filled(1.0))
+    held = asyncio.create_task(b.push(for_b.ticket, filled(2.0)))
+    await asyncio.sleep(0.2)
+    ending = asyncio.create_task(daemon.end())
+    async with asyncio.timeout(5):
+        assert isinstance(await fault(held), VersionBeingMade)
+    release.set()
+    await ending
+    daemon = await start()
+    (b,) = await daemon.clients("b")
+    assert (await b.upload(for_b.ticket)).state == run_pb2.TICKET_STATE_ISSUED
+    await b.push(for_b.ticket, filled(2.0))
+    assert ages(await committed(daemon, run, 2)) == {"b": 1}
+
+
 async def test_the_place_of_a_client_that_died_is_given_away_and_its_update_still_counts(daemon: Daemon) -> None:
     run, ((a, for_a), (b, for_b)) = await begin(daemon, "ab", concurrency=2, deadline_s=0.5, max_extensions=1000)
     (d,) = await daemon.clients("d")
