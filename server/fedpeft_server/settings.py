@@ -40,7 +40,9 @@ class Settings(ProcessSettings):
     traces: str = Field(
         "", description="http://HOST:PORT or https://HOST:PORT of an OTLP receiver (gRPC) for traces; empty: none."
     )
-    database: str = Field("", description="SQLAlchemy URL; empty: SQLite in the data folder.")
+    database: str = Field(
+        "", description="SQLAlchemy URL; empty: SQLite in the data folder. Several daemons may share a PostgreSQL."
+    )
     blobs: str = Field(
         "", description="Where adapter versions are kept: folder, s3://, gs:// or az://; empty: data folder."
     )

@@ -14,6 +14,7 @@ COMPOSE = yaml.safe_load((ROOT / "deploy" / "docker-compose.yml").read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
 SITES = [name for name in SERVICES if name.startswith("client-")] + ["evaluator"]
 ONE_SHOTS = ("init", "tokens", "run")
+SERVERS = ("server", "server-2", "server-3")
 
 each_service = pytest.mark.parametrize("name", SERVICES)
 
@@ -71,7 +72,9 @@ def test_what_a_service_mounts_is_a_volume_or_read_only(name: str) -> None:
 def test_a_site_shares_a_network_with_the_server_and_with_nobody_else(name: str) -> None:
     (network,) = SERVICES[name]["networks"]
     there = [other for other, service in SERVICES.items() if network in service.get("networks", ())]
-    assert sorted(there) == sorted([name, "server"])
+    assert sorted(there) == sorted([name, *SERVERS])
+    aliases = [(SERVICES[server]["networks"][network] or {}).get("aliases", []) for server in SERVERS]
+    assert aliases == [[], ["server"], ["server"]], "whichever it reaches has the name that is in its certificate"
     assert COMPOSE["networks"][network] == {"internal": True}
     assert "ports" not in SERVICES[name]
 
@@ -102,10 +105,24 @@ def test_only_prometheus_reaches_the_metrics_and_only_the_server_the_database() 
         network: {name for name, service in SERVICES.items() if network in service.get("networks", ())}
         for network in COMPOSE["networks"]
     }
-    assert by_network["metrics"] == {"server", "prometheus"}
-    assert by_network["storage"] == {"server", "postgres", "minio"}
-    alias = SERVICES["server"]["networks"]["metrics"]["aliases"][0]
-    assert SERVICES["server"]["environment"]["FEDPEFT_SERVER_METRICS"] == f"{alias}:9464"
+    assert by_network["metrics"] == {*SERVERS, "prometheus"}
+    assert by_network["storage"] == {*SERVERS, "postgres", "minio"}
+    for server in SERVERS:
+        alias = SERVICES[server]["networks"]["metrics"]["aliases"][0]
+        assert SERVICES[server]["environment"]["FEDPEFT_SERVER_METRICS"] == f"{alias}:9464"
+
+
+def test_another_daemon_shares_database_bucket_and_authority_and_has_a_folder_of_its_own() -> None:
+    first = SERVICES["server"]["environment"]
+    own = [
+        mount.partition(":")[0] for server in SERVERS for mount in SERVICES[server]["volumes"] if "/var/lib" in mount
+    ]
+    assert own == list(SERVERS)
+    for server in SERVERS[1:]:
+        given = SERVICES[server]["environment"]
+        assert {name for name in first if given[name] != first[name]} == {"FEDPEFT_SERVER_METRICS"}
+        assert "server:/first:ro" in SERVICES[server]["volumes"]
+        assert "/first/identity/" in SERVICES[server]["command"][0]
 
 
 def test_every_service_that_stays_says_whether_it_is_well() -> None:
@@ -119,4 +136,4 @@ def test_the_gpu_is_reserved_and_what_cannot_be_had_everywhere_is_asked_for() ->
     (device,) = SERVICES["client-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
-    assert profiles == {"client-gpu": ["gpu"], "minio": ["s3"]}
+    assert profiles == {"client-gpu": ["gpu"], "minio": ["s3"], "server-2": ["several"], "server-3": ["several"]}

@@ -32,16 +32,27 @@ WORKLOADS = ("StatefulSet", "Deployment")
 BASES = [*documents(KUBERNETES / "base/server/server.yaml"), *documents(KUBERNETES / "base/client/client.yaml")]
 
 
-@pytest.fixture(scope="module")
-def example() -> list[dict[str, Any]]:
-    """The example overlay, as it would be applied."""
+def rendered(overlay: str) -> list[dict[str, Any]]:
+    """Returns an overlay as it would be applied."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed, and nothing else here renders a kustomization")
     done = subprocess.run(
-        ["kubectl", "kustomize", str(KUBERNETES / "overlays" / "example")], capture_output=True, text=True, timeout=60
+        ["kubectl", "kustomize", str(KUBERNETES / "overlays" / overlay)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+@pytest.fixture(scope="module")
+def example() -> list[dict[str, Any]]:
+    """The example overlay, as it would be applied."""
+    return rendered("example")
+
+
+@pytest.fixture(scope="module")
+def several() -> list[dict[str, Any]]:
+    """The overlay of three daemons, as it would be applied."""
+    return rendered("several")
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: str(path.relative_to(KUBERNETES)))
@@ -127,3 +138,29 @@ def test_the_example_s_services_and_policies_find_the_pods(example: list[dict[st
     assert len(selectors) == 4
     for selector in selectors:
         assert selector and sum(selector.items() <= pod for pod in labels) == 1
+
+
+def test_three_daemons_fit_the_schemas_and_stay_restricted(several: list[dict[str, Any]]) -> None:
+    newest = kubernetes_validate.latest_version()
+    for document in several:
+        assert kubernetes_validate.validate(document, newest, strict=True)
+    (pod,) = pods(several).values()
+    test_a_pod_is_restricted(pod)
+
+
+def test_three_daemons_have_a_volume_each_and_database_bucket_and_authority_together(
+    several: list[dict[str, Any]],
+) -> None:
+    kinds = {document["kind"]: document for document in several}
+    daemons, budget = kinds["StatefulSet"]["spec"], kinds["PodDisruptionBudget"]["spec"]
+    assert daemons["replicas"] == 3 and budget["maxUnavailable"] == 1
+    labels = daemons["template"]["metadata"]["labels"].items()
+    assert budget["selector"]["matchLabels"].items() <= labels
+    assert [claim["metadata"]["name"] for claim in daemons["volumeClaimTemplates"]] == ["data"]
+    pod = daemons["template"]["spec"]
+    (server,), (certificates,) = pod["containers"], pod["initContainers"]
+    assert server["envFrom"] == [{"secretRef": {"name": "fedpeft-server-storage"}}]
+    assert {"name": "identity", "mountPath": "/identity", "readOnly": True} in certificates["volumeMounts"]
+    assert "cp --no-clobber" in certificates["args"][0]
+    ports = {port["port"] for rule in kinds["NetworkPolicy"]["spec"]["egress"] for port in rule["ports"]}
+    assert ports == {53, 443, 5432}
