@@ -9,7 +9,7 @@ from functools import partial
 from grpc_health.v1 import health_pb2
 
 from fedpeft_server.parts import Parts, write_activity
-from fedpeft_server.store.listener import Listener
+from fedpeft_server.store.notices.listener import Listener
 
 
 class Upkeep:

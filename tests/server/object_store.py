@@ -17,7 +17,7 @@ ACCESS = {
     "AWS_REGION": "us-east-1",
     "AWS_ALLOW_HTTP": "true",
 }
-"""What finds any S3, but its endpoint."""
+"""Variables by which any S3 is found, but its endpoint."""
 _PLACES = os.pathsep.join([str(Path(__file__).parents[2] / ".venv-s3" / "bin"), os.environ.get("PATH", "")])
 
 

@@ -23,7 +23,7 @@ from fedpeft_server.daemons.presence import Presence
 from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.actor import SERVER
 from fedpeft_server.runs.runs import Runs
-from fedpeft_server.store.notices import Notice, Topic
+from fedpeft_server.store.notices.notices import Notice, Topic
 from fedpeft_server.store.rows import AnswerRow, ClientRow, IdentityRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.timing import Timing
@@ -33,7 +33,7 @@ log = structlog.get_logger()
 EVALUATOR = "evaluator"
 _PASSING = frozenset({Topic.HELLO, Topic.ALIVE, Topic.PROGRESS, Topic.SEATS, Topic.ALL_SEATS, Topic.BYE})
 SHARE = 1
-"""What others change is taken up again after so many times as long as it took: this daemon has work of its own."""
+"""Others' changes are taken up again after so many times as long as it took: this daemon has work of its own."""
 
 
 class Dismiss(Protocol):

@@ -19,8 +19,8 @@ from fedpeft.errors import FedpeftError
 from fedpeft_server.background import Background
 from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.runs.progress_watch import ProgressWatch
-from fedpeft_server.runs.seats import Seat
-from fedpeft_server.store.notices import Notice, Topic
+from fedpeft_server.sharing.seats import Seat
+from fedpeft_server.store.notices.notices import Notice, Topic
 from fedpeft_server.store.store import Store
 from fedpeft_server.timing import Timing
 
@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 
 class Presence:
-    """Who waits with which daemon.
+    """The other daemons, and the clients that wait with them.
 
     Args:
         store: Its database tells the others.

@@ -36,8 +36,8 @@ from fedpeft.rounds.transitions import RunState, RunStatus
 from fedpeft_server.background import Background
 from fedpeft_server.runs import audit_trail
 from fedpeft_server.runs.actor import SERVER, RunActor
-from fedpeft_server.runs.fold_lease import FoldLease
 from fedpeft_server.runs.round_log import RoundLog
+from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.rows import LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, state_key, state_prefix, version_key, version_prefix

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from fedpeft.errors import Draining
 from fedpeft.rpc.timing import HOLD_S, LONGEST_HOLD_S
-from fedpeft_server.runs.seats import Seat, SeatsElsewhere
+from fedpeft_server.sharing.seats import Seat, SeatsElsewhere
 from fedpeft_server.timing import Timing
 
 POLLS_PER_S = 10.0

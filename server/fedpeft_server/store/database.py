@@ -20,7 +20,7 @@ from fedpeft_server.store.connection import connect, opening
 from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.identities import Identities
 from fedpeft_server.store.migrations import migrate
-from fedpeft_server.store.notices import Topic
+from fedpeft_server.store.notices.notices import Topic
 from fedpeft_server.store.queries import (
     clients as client_queries,
 )

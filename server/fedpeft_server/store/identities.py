@@ -19,7 +19,7 @@ from fedpeft.errors import (
 )
 from fedpeft.identity.audit import Detail
 from fedpeft.identity.subject import Role, Subject
-from fedpeft_server.store.notices import Topic
+from fedpeft_server.store.notices.notices import Topic
 from fedpeft_server.store.queries import access
 from fedpeft_server.store.rows import AuditEvent, IdentityRow, TokenRow
 from fedpeft_server.store.transactions import Transactions

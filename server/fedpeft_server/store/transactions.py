@@ -15,7 +15,7 @@ from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, FedpeftError
 from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
 from fedpeft_server.store.connection import readers, reading, translated
-from fedpeft_server.store.notices import Notices
+from fedpeft_server.store.notices.notices import Notices
 from fedpeft_server.store.queries import audit as audit_queries
 from fedpeft_server.store.rows import AuditEvent
 from fedpeft_server.timing import Timing

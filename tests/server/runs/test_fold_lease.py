@@ -11,7 +11,7 @@ import pytest
 
 from fedpeft.rounds.state_machine import Round
 from fedpeft_server.runs import aggregation
-from fedpeft_server.runs.fold_lease import FoldLease
+from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.timing import TIMING
 
 from . import two_servers

@@ -11,7 +11,7 @@ from fedpeft.errors import RoundClosed, UpdateDiffers
 from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.runs import aggregation
-from fedpeft_server.runs.fold_lease import FoldLease
+from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store.rows import (
     RunState,
 )

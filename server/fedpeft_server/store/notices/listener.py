@@ -14,7 +14,7 @@ import structlog
 from sqlalchemy import Engine
 
 from fedpeft_server.store import postgresql
-from fedpeft_server.store.notices import CHANNEL, Notice
+from fedpeft_server.store.notices.notices import CHANNEL, Notice
 from fedpeft_server.timing import Timing
 
 if TYPE_CHECKING:

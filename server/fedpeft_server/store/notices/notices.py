@@ -38,7 +38,7 @@ class Topic(StrEnum):
     SCORED = "scored"
     """An evaluator scored a version: [run, version, evaluator, split]."""
     EVALUATOR = "evaluator"
-    """What an evaluator cannot score is another: its id."""
+    """An evaluator cannot score a version: the evaluator's id."""
     HELLO = "hello"
     """A daemon wants to know who waits with the one whose id this is."""
     ALIVE = "alive"
@@ -55,7 +55,7 @@ class Topic(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What a daemon told the others.
+    """News from one daemon to the others.
 
     Attributes:
         sender: Id of the daemon.

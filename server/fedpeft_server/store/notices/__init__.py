@@ -1,0 +1,1 @@
+"""Notices: daemons on one database tell each other what changed."""
