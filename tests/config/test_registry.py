@@ -59,7 +59,8 @@ from fedpeft.codecs import codecs
 from fedpeft.config import parse_config
 from fedpeft.errors import ConfigInvalid
 from fedpeft.peft import methods
-from fedpeft.rounds.state_machine import Round, Waiting, advance
+from fedpeft.rounds.events import Waiting
+from fedpeft.rounds.state_machine import Round, advance
 
 RUN = {"model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}, "peft": {"method": "norms"},
        "aggregation": {"strategy": "halves"}, "codec": {"up": "plain"}, "rounds": {"clients": 2, "policy": "everybody"}}

@@ -11,21 +11,19 @@ from hypothesis import strategies as st
 from fedpeft.config import RoundsConfig, parse_config
 from fedpeft.errors import ConfigInvalid, RoundClosed, VersionBeingMade
 from fedpeft.rounds import conduct
-from fedpeft.rounds.state_machine import (
+from fedpeft.rounds.events import (
     Aggregated,
     Excluded,
     Paused,
-    Phase,
     Received,
     Refused,
     Resumed,
     RolledBack,
-    Round,
     TimePassed,
     Waiting,
     Withdrawn,
-    advance,
 )
+from fedpeft.rounds.state_machine import Phase, Round, advance
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 from fedpeft.rounds.transitions import Changes, RunState, RunStatus, in_progress, transition
 

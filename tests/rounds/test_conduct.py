@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fedpeft.config import RoundsConfig
 from fedpeft.rounds.conduct import ASIDE_AFTER, GOOD, LONGEST_REST, REST_ROUNDS, Conduct, Demerits, settled
-from fedpeft.rounds.state_machine import Phase, Round, Waiting, advance, sample
+from fedpeft.rounds.events import Waiting
+from fedpeft.rounds.state_machine import Phase, Round, advance, sample
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 
 NAMES = [f"client-{i:02}" for i in range(12)]

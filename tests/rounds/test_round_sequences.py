@@ -9,25 +9,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
-from fedpeft.rounds.state_machine import (
+from fedpeft.rounds.events import (
     Aggregate,
     Aggregated,
     Event,
     Issue,
     Pause,
     Paused,
-    Phase,
     Received,
     Refused,
     Resumed,
-    Round,
     Stopped,
     TimePassed,
     Waiting,
     Withdrawn,
-    advance,
-    ticket_id,
 )
+from fedpeft.rounds.state_machine import Phase, Round, advance, ticket_id
 from fedpeft.rounds.tickets import Ticket, TicketState
 
 from .test_state_machine import NAMES, RUN, after, opened

@@ -10,27 +10,22 @@ from hypothesis import strategies as st
 
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import RoundClosed, TicketClosed, TicketNotFound
-from fedpeft.rounds.state_machine import (
-    GATHER_S,
+from fedpeft.rounds.events import (
     Aggregate,
     Aggregated,
     Event,
     Issue,
     Pause,
     Paused,
-    Phase,
     Received,
     Refused,
     Resumed,
-    Round,
     Stopped,
     TimePassed,
     Waiting,
     Withdrawn,
-    advance,
-    sample,
-    ticket_id,
 )
+from fedpeft.rounds.state_machine import GATHER_S, Phase, Round, advance, sample, ticket_id
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 
 RUN = "run-000000000001"

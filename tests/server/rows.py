@@ -11,7 +11,8 @@ from fedpeft.adapters.payload import Entry, Manifest
 from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.rounds.commit import Outcome
-from fedpeft.rounds.state_machine import Received, Round, Waiting, advance
+from fedpeft.rounds.events import Received, Waiting
+from fedpeft.rounds.state_machine import Round, advance
 from fedpeft.rounds.transitions import RunStatus, changes
 from fedpeft_server.store.database import NONE, Bytes, Database
 from fedpeft_server.store.rows import Place, RoundFigures, RunRow, RunState, Transition, UpdateRow, VersionRow

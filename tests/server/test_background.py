@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
 from fedpeft.errors import DiskFull, Internal
-from fedpeft.rounds.state_machine import Event, TimePassed
+from fedpeft.rounds.events import Event, TimePassed
 from fedpeft.v1 import run_pb2
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics

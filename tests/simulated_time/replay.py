@@ -15,8 +15,9 @@ from fedpeft.api.verification import Replay
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import FedpeftError
 from fedpeft.rounds.commit import RunHeader
+from fedpeft.rounds.events import Aggregated, Received, Waiting
 from fedpeft.rounds.record import Record, parse, verify_chain
-from fedpeft.rounds.state_machine import Aggregated, Phase, Received, Round, Waiting, advance
+from fedpeft.rounds.state_machine import Phase, Round, advance
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store import stored
 

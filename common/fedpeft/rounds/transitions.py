@@ -13,20 +13,18 @@ from enum import StrEnum
 
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import RunFinished
-from fedpeft.rounds.state_machine import (
+from fedpeft.rounds.events import (
     Aggregated,
     Event,
     Pause,
     Paused,
-    Phase,
     Resumed,
     RolledBack,
-    Round,
     Stopped,
     TimePassed,
     Waiting,
-    advance,
 )
+from fedpeft.rounds.state_machine import Phase, Round, advance
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 
 

@@ -28,7 +28,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import BlobCorrupt, InvalidArgument, StateInvalid
 from fedpeft.privacy.accounting import overspent
 from fedpeft.privacy.statement import EPSILON, statement
-from fedpeft.rounds import acceptance, conduct, state_machine
+from fedpeft.rounds import acceptance, conduct, events, state_machine
 from fedpeft.rounds.commit import RoundEmptied, RunHeader
 from fedpeft.rounds.groups import SENT
 from fedpeft.rounds.local_job import LocalFailure, LocalOutcome, LocalUpdate
@@ -107,7 +107,7 @@ class SimulatedRun:
             book, reason = self._folded(current)
             if reason:
                 return self._report(initial, done, book, reason)
-            book.round = self._advance(book.round, state_machine.Aggregated())
+            book.round = self._advance(book.round, events.Aggregated())
             book.committed_at = time.time()
             self._clock.append(self._at_work.now)
             self._settle(book.round)
@@ -211,7 +211,7 @@ class SimulatedRun:
             else:
                 self._excluded.discard(ticket.client)
                 self._memory.confirm(ticket.client)
-        book.round = self._advance(book.round, state_machine.Excluded(excluded))
+        book.round = self._advance(book.round, events.Excluded(excluded))
 
     def _take_back(self, client: str) -> None:
         self._memory.take_back(client)
@@ -228,19 +228,19 @@ class SimulatedRun:
                 self._work(book)
             elif not self._sample(book):
                 now = book.round.deadline or time.time()
-                book.round, effects = state_machine.advance(book.round, state_machine.TimePassed(), self._rounds, now)
+                book.round, effects = state_machine.advance(book.round, events.TimePassed(), self._rounds, now)
                 for effect in effects:
-                    if isinstance(effect, state_machine.Pause):
+                    if isinstance(effect, events.Pause):
                         return effect.reason
         return ""
 
     def _sample(self, book: RoundBook) -> bool:
         """Offers all clients to a round, and sets those to work that get a ticket; returns whether that changed it."""
         here, now = book.round, book.round.deadline or time.time()
-        waiting = state_machine.Waiting(self._everybody, conduct.Demerits(self._conducts, here.number), math.inf)
+        waiting = events.Waiting(self._everybody, conduct.Demerits(self._conducts, here.number), math.inf)
         book.round, effects = state_machine.advance(here, waiting, self._rounds, now)
         for effect in effects:
-            for ticket in effect.tickets if isinstance(effect, state_machine.Issue) else ():
+            for ticket in effect.tickets if isinstance(effect, events.Issue) else ():
                 self._pull(book, ticket.client)
                 self._at_work.begin(ticket, self._version)
         return book.round is not here
@@ -265,7 +265,7 @@ class SimulatedRun:
         if isinstance(outcome, LocalFailure):
             log.warning("ticket is given up", round=number, client=client, cause=outcome.error.message)
             reason = f"{outcome.error.reason}: {outcome.error.message}"
-            book.round = self._advance(book.round, state_machine.Withdrawn(ticket.id, reason))
+            book.round = self._advance(book.round, events.Withdrawn(ticket.id, reason))
             return
         manifest, data = outcome.prepared.manifest, outcome.prepared.payload
         book.up[client] = len(data)
@@ -280,13 +280,13 @@ class SimulatedRun:
             self._memory.forget_residual(client)
             if SENT in outcome.if_not:  # it was seen, and what it spent is spent
                 self._memory.keep(client, {SENT: outcome.if_not[SENT]})
-            refused = state_machine.Refused(ticket.id, f"{error.reason}: {error.message}")
+            refused = events.Refused(ticket.id, f"{error.reason}: {error.message}")
             book.round = self._advance(book.round, refused)
             return
         self._versions.spool(ticket.id).write_bytes(data)
         book.arrivals[ticket.id] = Arrival(outcome.examples, norm, manifest, outcome.metrics)
         self._memory.keep(client, outcome.if_counted, outcome.if_not)
-        book.round = self._advance(book.round, state_machine.Received(ticket.id))
+        book.round = self._advance(book.round, events.Received(ticket.id))
 
     def _pull(self, book: RoundBook, client: str) -> None:
         """Books what a server would send: nothing to who holds these bytes already, else what changed since."""
@@ -301,7 +301,7 @@ class SimulatedRun:
             left = len(current.in_state(TicketState.ISSUED))
             self._worked(current.number, len(current.tickets) - left, len(current.tickets))
 
-    def _advance(self, current: Round, event: state_machine.Event) -> Round:
+    def _advance(self, current: Round, event: events.Event) -> Round:
         return state_machine.advance(current, event, self._rounds, time.time())[0]
 
     def _identity(self, initial: Mapping[str, float]) -> Json:

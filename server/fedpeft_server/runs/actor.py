@@ -18,17 +18,17 @@ import structlog
 from fedpeft.errors import DatabaseLocked, FedpeftError
 from fedpeft.identity.audit import Detail
 from fedpeft.rounds.conduct import Conduct
-from fedpeft.rounds.state_machine import (
+from fedpeft.rounds.events import (
     Event,
     Paused,
     Refused,
     Resumed,
-    Round,
     Stopped,
     TimePassed,
     Waiting,
     Withdrawn,
 )
+from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.transitions import Changes, RunState, RunStatus, transition
 from fedpeft_server.runs import audit_trail
 from fedpeft_server.store.rows import AuditEvent, RevisionMoved, RunRow, Transition

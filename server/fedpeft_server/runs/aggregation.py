@@ -28,9 +28,10 @@ from fedpeft.process import tracing
 from fedpeft.process.durable import create_eagerly
 from fedpeft.rounds import conduct, screening
 from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, fold_round, roll_back
+from fedpeft.rounds.events import Aggregated, Excluded, Lost, Paused
+from fedpeft.rounds.events import Event as RoundEvent
 from fedpeft.rounds.screening import Extent
-from fedpeft.rounds.state_machine import Aggregated, Excluded, Lost, Paused, Round
-from fedpeft.rounds.state_machine import Event as RoundEvent
+from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.tickets import TicketState
 from fedpeft.rounds.transitions import RunState, RunStatus
 from fedpeft_server.background import Background

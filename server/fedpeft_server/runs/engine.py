@@ -18,7 +18,7 @@ from fedpeft.errors import BlobCorrupt, FedpeftError, TicketNotFound, VersionBei
 from fedpeft.identity.audit import Detail
 from fedpeft.privacy.central import central_of
 from fedpeft.privacy.statement import EPSILON
-from fedpeft.rounds import conduct, state_machine
+from fedpeft.rounds import conduct, events
 from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft.rounds.transitions import ACTIVE, RunStatus, changes, effects
@@ -156,7 +156,7 @@ class RunEngine:
         if self.run.state is not RunState.RUNNING:
             return
         poor = conduct.Demerits(self._participation.conducts(self.run.id), self.round.number)
-        waiting = state_machine.Waiting(clients, poor, waited_s)
+        waiting = events.Waiting(clients, poor, waited_s)
         if self.actor.changes(self.actor.status, waiting):  # as a rule there are none
             await self.actor.call(lambda: self.actor.advance(waiting))
 
@@ -219,7 +219,7 @@ class RunEngine:
         """Closes a ticket for which `by` sent what is wrong for good; the round goes on with the others."""
         self._store.soon(self._store.updates.remove_partial, ticket.id)
         words = f"{error.reason}: {error.message}"
-        event = state_machine.Refused(ticket.id, words)
+        event = events.Refused(ticket.id, words)
         with suppress(TicketNotFound):  # its round is over, and with it the ticket
             if await self.actor.call(lambda: self.actor.advance(event, "update.refused", by)):
                 self._metrics.updates.labels(self.run.id, "refused").inc()
@@ -234,14 +234,14 @@ class RunEngine:
         return await self.actor.call(lambda: self._withdraw(ticket, reason, by))
 
     async def _withdraw(self, ticket: Ticket, reason: str, by: str) -> TicketState:
-        if await self.actor.advance(state_machine.Withdrawn(ticket.id, reason), "ticket.withdrawn", by):
+        if await self.actor.advance(events.Withdrawn(ticket.id, reason), "ticket.withdrawn", by):
             self._log.info("ticket withdrawn", client=ticket.client, reason=reason)
         self._store.soon(self._store.updates.remove_partial, ticket.id)
         return self.round.ticket(ticket.id).state
 
     async def pause(self, reason: str, by: str) -> None:
         """Lets no new round open; `by` is who asked for it."""
-        event = state_machine.Paused(reason or "paused by the operator")
+        event = events.Paused(reason or "paused by the operator")
         await self.actor.call(lambda: self.actor.advance(event, by=by))
 
     @asynccontextmanager
@@ -258,7 +258,7 @@ class RunEngine:
     async def _note_corrupt(self, version: int, error: BlobCorrupt) -> None:
         if version == self.run.version and self.run.state is RunState.RUNNING:
             reason = f"{error.message}; then resume the run" + ("" if version == 0 else _OR_BACK)
-            if await self.actor.call(lambda: self.actor.advance(state_machine.Paused(reason))):
+            if await self.actor.call(lambda: self.actor.advance(events.Paused(reason))):
                 self._metrics.rounds.labels(self.run.id, "paused").inc()
             return
         if (version, error.message) in self._corrupt or self.run.state is RunState.PAUSED:
@@ -269,12 +269,12 @@ class RunEngine:
 
     async def resume(self, by: str) -> None:
         """Lets rounds open again, a round out of extensions with a fresh deadline; `by` is who asked for it."""
-        await self.actor.call(lambda: self.actor.advance(state_machine.Resumed(), by=by))
+        await self.actor.call(lambda: self.actor.advance(events.Resumed(), by=by))
 
     @shielded
     async def stop(self, reason: str, by: str) -> None:
         """Ends the run for good; an aggregation in progress is let go; `by` is who asked for it."""
-        event = state_machine.Stopped(reason or "stopped by the operator")
+        event = events.Stopped(reason or "stopped by the operator")
         if made := await self.actor.call(lambda: self.actor.advance(event, by=by)):
             self._metrics.rounds.labels(self.run.id, "stopped").inc()
             self._background.watch("files", self.tasks.start(self._folding.forget_stopped(made.changes.round)))
@@ -316,7 +316,7 @@ class RunEngine:
 
     async def _rolled_back(self, status: RunStatus, to: int, reason: str, by: str) -> Transition | None:
         """Stores the next version, which is an earlier one; returns the transition, None if it was made last."""
-        changes = self.actor.changes(status, state_machine.RolledBack(to))
+        changes = self.actor.changes(status, events.RolledBack(to))
         db, run, version = self._store.db, self.run.id, status.version
         newest = await self._store.transact(db.round_with, run, version, (), {})
         if changes is None or (newest and newest.metrics.get("rolled_back_to") == to):
@@ -366,7 +366,7 @@ class RunEngine:
         """Acts on the deadline; and looks again where that failed, or where the clock was set back meanwhile."""
         pause_s = self._timing.deadline_retry_s
         with self._background.attempt("deadline", self.run.id):
-            made = await self.actor.call(lambda: self.actor.advance(state_machine.TimePassed()))
+            made = await self.actor.call(lambda: self.actor.advance(events.TimePassed()))
             if made and made.changes.after.state is RunState.PAUSED:
                 self._metrics.rounds.labels(self.run.id, "paused").inc()
             pause_s = 0.0

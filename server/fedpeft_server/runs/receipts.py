@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from fedpeft.config import RoundsConfig
 from fedpeft.errors import FedpeftError, RoundClosed, UpdateDiffers
-from fedpeft.rounds.state_machine import Received
+from fedpeft.rounds.events import Received
 from fedpeft.rounds.tickets import TicketState
 from fedpeft.rounds.transitions import Changes, RunStatus, changes, transition
 from fedpeft_server.runs import audit_trail

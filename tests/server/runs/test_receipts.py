@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from fedpeft.errors import DiskFull, RoundClosed, TicketClosed
-from fedpeft.rounds.state_machine import Phase, Withdrawn, advance
+from fedpeft.rounds.events import Withdrawn
+from fedpeft.rounds.state_machine import Phase, advance
 from fedpeft.rounds.tickets import TicketState
 from fedpeft.rounds.transitions import effects
 from fedpeft_server.runs.receipts import Receipt, batch

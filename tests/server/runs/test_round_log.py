@@ -7,7 +7,8 @@ import asyncio
 from structlog.testing import capture_logs
 
 from fedpeft.errors import PayloadInvalid
-from fedpeft.rounds.state_machine import Event, Excluded, Phase, Received, Round, Waiting, advance
+from fedpeft.rounds.events import Event, Excluded, Received, Waiting
+from fedpeft.rounds.state_machine import Phase, Round, advance
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs.round_log import RoundLog

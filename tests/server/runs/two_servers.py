@@ -15,8 +15,9 @@ from fedpeft.config import RunConfig, parse_config
 from fedpeft.errors import FedpeftError, PayloadInvalid, TicketNotFound
 from fedpeft.identity import audit
 from fedpeft.rounds.commit import write_first
+from fedpeft.rounds.events import TimePassed
 from fedpeft.rounds.record import verify_chain
-from fedpeft.rounds.state_machine import Round, TimePassed, ticket_id
+from fedpeft.rounds.state_machine import Round, ticket_id
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.errors import RunNotFound, VersionNotFound
-from fedpeft.rounds.state_machine import Phase, Round, Waiting, advance
+from fedpeft.rounds.events import Waiting
+from fedpeft.rounds.state_machine import Phase, Round, advance
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.rows import GaugeSnapshot, Place, Result, Traffic

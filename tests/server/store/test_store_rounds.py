@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from fedpeft.errors import StateInvalid
-from fedpeft.rounds.state_machine import Aggregated, Phase, Received, Round, Stopped, Withdrawn, advance
+from fedpeft.rounds.events import Aggregated, Received, Stopped, Withdrawn
+from fedpeft.rounds.state_machine import Phase, Round, advance
 from fedpeft.rounds.tickets import TicketState
 from fedpeft.rounds.transitions import RunStatus, transition
 from fedpeft_server.store.database import Database
@@ -146,7 +147,7 @@ CRASHING = """
 import sys
 from fedpeft.config import RoundsConfig
 from fedpeft.adapters.payload import Manifest
-from fedpeft.rounds.state_machine import Received, Waiting
+from fedpeft.rounds.events import Received, Waiting
 from fedpeft.rounds.transitions import RunStatus, transition
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import Transition, UpdateRow
