@@ -103,6 +103,11 @@ class Metrics:
         self.disk_size_bytes = Gauge(
             "fedpeft_disk_size_bytes", "Size of the file system of the data folder, bytes.", registry=r
         )
+        self.disk_spared_bytes = Gauge(
+            "fedpeft_disk_spared_bytes",
+            "Free space below which uploads, new runs and versions encoded for clients are refused (--min-free-bytes).",
+            registry=r,
+        )
         self.certificate_expiry_seconds = Gauge(
             "fedpeft_certificate_expiry_seconds",
             "Expiry time of the server's certificates (`server`, `authority`), Unix time in seconds.",
@@ -111,7 +116,8 @@ class Metrics:
         )
         self.stored_bytes = Gauge(
             "fedpeft_stored_bytes",
-            "Size of the files in the data folder, bytes: `spool` (updates being received, waiting for aggregation, or "
+            "Size of the files in the data folder, bytes: `blobs` (adapter versions), `spool` (updates being received, "
+            "waiting for aggregation, or "
             "kept by --keep-updates), `outbound` (encoded versions), `cache` and `fetched` (copies of objects in a "
             "bucket), `scratch` (aggregation in progress), `database` (SQLite). Measured once a minute.",
             ("place",),

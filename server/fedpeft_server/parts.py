@@ -241,6 +241,7 @@ async def _store(settings: Settings, timing: Timing, metrics: Metrics, stack: As
         settings.updates,
         timing=timing,
         keep_updates=settings.keep_updates,
+        min_free_bytes=settings.min_free_bytes,
         tell=metrics.corrupt,
     )
     stack.callback(store.close)

@@ -77,6 +77,12 @@ class Settings(ProcessSettings):
     max_update_bytes: Annotated[int, Field(ge=1024, le=1024 * GIB)] = Field(
         2 * GIB, description="Largest payload taken, in bytes."
     )
+    min_free_bytes: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Free space of the data folder's disk that uploads, new runs and versions encoded for clients "
+        "leave, in bytes; they are answered with DISK_FULL, and tried again. Absent: a "
+        "twentieth of the disk, 1 GiB at most.",
+    )
     max_transfers: Annotated[int, Field(ge=1, le=1024)] = Field(
         8, description="Uploads, and as many downloads, served at once; others wait for their turn."
     )

@@ -86,6 +86,7 @@ class Upkeep:
         """Shows how much is stored."""
         for place, size_bytes in (await self._store.fold(self._store.sizes)).items():
             self._parts.metrics.stored_bytes.labels(place).set(size_bytes)
+        self._parts.metrics.disk_spared_bytes.set(await self._store.fold(lambda: self._store.room.spared_bytes))
 
     async def _show_health(self) -> None:
         """Has health checks say whether the background work goes on."""

@@ -192,7 +192,7 @@ class Schedule:
         """Draws a schedule in which the server's disk damages updates besides."""
         draw, made = random.Random(f"rot {seed}"), cls.drawn(seed)
         length = 30.0 + 4 * made.longest_training_s
-        rot = [Rot(draw.uniform(1.0, length), draw.randrange(2**32)) for _ in range(draw.randint(8, 40))]
+        rot = [Rot(draw.uniform(1.0, length), draw.randrange(2**32)) for _ in range(draw.randint(20, 80))]
         return replace(made, faults=tuple(sorted((*made.faults, *rot), key=lambda f: f.at_s)))
 
     @classmethod

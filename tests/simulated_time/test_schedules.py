@@ -99,7 +99,7 @@ def test_a_world_with_a_disk_that_rots_ends_with_the_same_bits(
     outcome = hold(f"rot {seed}")
     assert outcome.faults == [], told(outcome)
     assert outcome.adapter == undisturbed.adapter
-    assert seed != 1 or outcome.rotten > 0
+    assert seed != 6 or outcome.rotten > 0
 
 
 @pytest.mark.parametrize("how", ["", " power"], ids=["kill", "power failure"])

@@ -29,6 +29,7 @@ from fedpeft.process.mapped_files import mapped
 from fedpeft.rpc.wire import manifest_to_proto
 from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.integrity import Corruption, Integrity, Kind
+from fedpeft_server.store.blobs.room import Room
 from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.spool_writer import Owner, SpoolWriter
 
@@ -70,13 +71,22 @@ class Spool:
         folder: Made if it does not exist. One process uses it at a time.
         keep_manifests: True to write the manifest of an update beside it, durable before the update is.
         files: Files known to be verified, and the reports of those that are corrupt.
+        room: The room that uploads ask for; None if they take what there is.
 
     Raises:
         StateInvalid: If the folder cannot be made or read.
     """
 
-    def __init__(self, folder: Path, *, keep_manifests: bool = False, files: Integrity | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_manifests: bool = False,
+        files: Integrity | None = None,
+        room: Room | None = None,
+    ) -> None:
         self._folder = folder
+        self._room = room
         self._files = files or Integrity()
         self._keep_manifests = keep_manifests
         self._locks = [threading.RLock() for _ in range(LOCKS)]
@@ -144,7 +154,7 @@ class Spool:
 
         Raises:
             UpdateDiffers: If another payload of this ticket became whole in this process.
-            DiskFull: If there is no room for another file.
+            DiskFull: If there is no room for the rest of the payload.
         """
         if not ids.TICKET.fullmatch(ticket):
             raise TicketNotFound(f"there is no ticket {ticket[:80]!r}")
@@ -155,6 +165,9 @@ class Spool:
                 held = None
             if held is not None and held.whole and self._is_corrupt(ticket, held):
                 held = None
+            if not (held and held.whole) and self._room is not None:
+                there = held.path.stat().st_size if held and held.path.exists() else 0
+                self._room.check(f"the upload of {ticket}", max(0, manifest.payload_bytes - there))
             if held is None:
                 path = self._folder / f"{ticket}.{manifest.sha256.hex()}.part"
                 held = _Held(path, manifest.sha256.hex(), whole=False)

@@ -22,6 +22,7 @@ from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.integrity import Corruption, Integrity
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
+from fedpeft_server.store.blobs.room import Room
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import VersionRow
 from fedpeft_server.store.shared_transaction import SharedTransaction
@@ -72,6 +73,8 @@ class Store:
         updates: URL or folder of an object store where whole updates lie too, or empty for the data folder alone.
         timing: Longest wait of a transaction for a lock of another program.
         keep_updates: True to keep counted updates in the spool after their round.
+        min_free_bytes: Free bytes of the data folder's disk that uploads, new runs and encoded versions leave; None for
+            a part of the disk.
         tell: Called, in any thread, with each stored file that is found to be corrupt.
 
     Attributes:
@@ -79,6 +82,7 @@ class Store:
         spool: Spool in which updates arrive.
         updates: Place of updates until nothing needs them.
         places: Folders and object stores that flags name.
+        room: Room on the disk of the data folder.
         registrations: Writes clients as they register.
         answers: Writes their answers to the offers of runs; the result is False where there is no such run.
     """
@@ -92,6 +96,7 @@ class Store:
         *,
         timing: Timing,
         keep_updates: bool,
+        min_free_bytes: int | None = None,
         tell: Callable[[Corruption], object] = lambda found: None,
     ) -> None:
         self._folder = folder
@@ -103,15 +108,16 @@ class Store:
         except DiskFull as error:
             raise DiskFull(f"{'--database' if database else f'--data-dir {folder}'}: {error.message}") from None
         self.db.transactions.wait_at_most(0)  # `call` waits, and keeps the database's thread free meanwhile
+        self.room = Room(folder, min_free_bytes)
         files, flag = Integrity(tell), "--blobs" if blobs else "--data-dir"
         self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache", flag, files)
         self.places = [self.blobs]
-        self.spool = Spool(folder / "spool", keep_manifests=keep_updates, files=files)
+        self.spool = Spool(folder / "spool", keep_manifests=keep_updates, files=files, room=self.room)
         self.updates: UpdateStore = self.spool
         if updates:
             self.places.append(Blobs(updates, folder / "fetched", "--updates", files))
             self.updates = BucketUpdates(self.spool, self.places[-1])
-        self.download_cache = DownloadCache(folder / "outbound", self.blobs, files)
+        self.download_cache = DownloadCache(folder / "outbound", self.blobs, files, self.room)
         self.scratch = folder / "scratch"
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
@@ -306,10 +312,9 @@ class Store:
         self.updates.remove_all(self.spool.others(set(tickets), whole=not self.keep_updates))
 
     def sizes(self) -> dict[str, int]:
-        """Returns the bytes of the files in the data folder, by place; adapter versions apart, which are for good."""
-        places = {
-            name: _tree_bytes(self._folder / name) for name in ("spool", "outbound", "cache", "fetched", "scratch")
-        }
+        """Returns the bytes of the files in the data folder, by place."""
+        names = ("blobs", "spool", "outbound", "cache", "fetched", "scratch")
+        places = {name: _tree_bytes(self._folder / name) for name in names}
         places["database"] = sum(_file_bytes(path) for path in self._folder.glob("fedpeft.db*"))
         return places
 

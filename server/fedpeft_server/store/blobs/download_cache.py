@@ -24,6 +24,7 @@ from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.integrity import Corruption, Integrity, Kind
 from fedpeft_server.store.blobs.open_file import OpenFile
+from fedpeft_server.store.blobs.room import Room
 from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.rows import RunRow, VersionRow
 
@@ -89,9 +90,11 @@ class DownloadCache:
         folder: Folder of the encoded versions.
         blobs: Place of the versions.
         files: Files known to be verified, and the reports of those that are corrupt.
+        room: The room that a file asks for; None if it takes what there is.
     """
 
-    def __init__(self, folder: Path, blobs: Blobs, files: Integrity | None = None) -> None:
+    def __init__(self, folder: Path, blobs: Blobs, files: Integrity | None = None, room: Room | None = None) -> None:
+        self._room = room
         self._folder = folder
         self._blobs = blobs
         self._files = files or Integrity()
@@ -233,6 +236,9 @@ class DownloadCache:
         ):
             if all((tensor.section.encoding or encoding) == "float32" for tensor in run.spec.shared):
                 return _in_place(stored_at, version, run.spec)
+            if self._room is not None:
+                with store_refusals(f"encoding version {version.version} of {run.id}"):
+                    self._room.check(f"version {version.version} of {run.id} in {encoding}", version.size_bytes)
             # A name of its own: what has the version's earlier one may still be read, or refuse to be removed.
             path = self._folder / f"{run.id}-{version.version:06}.{next(self._made)}.{encoding}"
             try:
