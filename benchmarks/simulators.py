@@ -25,7 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PEERS = {"flower": ["flwr[simulation]==1.42.*"], "pfl": ["pfl==0.6.*", "prv-accountant==0.2.*"]}
+PEERS = {
+    "flower": ["flwr[simulation]==1.42.*"],
+    "pfl": ["pfl==0.6.*", "prv-accountant==0.2.*"],
+    "nvflare": ["nvflare==2.9.*"],
+}
 """Requirements of a peer's environment; those of pfl are taken alone, for it names other versions of what is shared."""
 OURS = {f"FedPEFT, {engine}": engine for engine in ("inprocess", "batched", "processes")}
 

@@ -1,0 +1,15 @@
+"""Writes a NVFlare job in which each client adds one to a vector: `job.py FOLDER ROUNDS CLIENTS`."""
+
+import sys
+from pathlib import Path
+
+from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
+
+recipe = NumpyFedAvgRecipe(
+    name="kills",
+    model=[0.0] * 1000,
+    min_clients=int(sys.argv[3]),
+    num_rounds=int(sys.argv[2]),
+    train_script=str(Path(__file__).with_name("client.py")),
+)
+recipe.export(sys.argv[1])
