@@ -36,6 +36,7 @@ class ByteCounter:
         self._pending: dict[str, dict[Key, Traffic]] = {}  # by run, so that a transition looks at its own run's alone
         self._least: dict[Key, Traffic] = {}  # what was counted at least, where that could not be written
         self._rounds: dict[str, _Rounds] = {}
+        self._lasting: set[str] = set()
         self._wire: dict[tuple[str, Direction], Counter] = {}
         self.moved = asyncio.Event()
         """Set once a payload passed that is not in the database yet."""
@@ -138,10 +139,14 @@ class ByteCounter:
         """
         return {(number, client): traffic for (_, number, client), traffic in self._pending.get(run, {}).items()}
 
+    def show_as_they_pass(self, run: str) -> None:
+        """Has the gauges of a run show bytes in the round in progress, whose tickets may be older than that."""
+        self._lasting.add(run)
+
     def resume(self, run: str, number: int, current: Traffic, last: Traffic) -> None:
         """Sets the gauges of the round in progress, `number`, and of the one before to what the database has."""
         known = {number: _both(current), number - 1: _both(last)}
-        self._rounds[run] = _Rounds(self._metrics, run, number, known)
+        self._rounds[run] = _Rounds(self._metrics, run, number, known, lasting=run in self._lasting)
 
     def round_committed(self, run: str, number: int) -> None:
         """Makes a round the last one, and the one after it the one in progress."""
@@ -150,12 +155,13 @@ class ByteCounter:
     def forget(self, run: str) -> None:
         """Forgets a run that was deleted."""
         self._rounds.pop(run, None)
+        self._lasting.discard(run)
         for direction in DIRECTIONS:
             self._wire.pop((run, direction), None)
 
     def _rounds_of(self, run: str) -> _Rounds:
         if run not in self._rounds:
-            self._rounds[run] = _Rounds(self._metrics, run, 1)
+            self._rounds[run] = _Rounds(self._metrics, run, 1, lasting=run in self._lasting)
         return self._rounds[run]
 
     def _settle(self, call: Call, key: Key, *, training: bool) -> None:
@@ -190,11 +196,19 @@ class _Rounds:
         run: The run's id.
         number: The round in progress.
         known: Known bytes of both, by number and direction.
+        lasting: True if tickets outlive their rounds: then all bytes are shown in the round in progress.
     """
 
     def __init__(
-        self, metrics: Metrics, run: str, number: int, known: Mapping[int, dict[Direction, int]] = MappingProxyType({})
+        self,
+        metrics: Metrics,
+        run: str,
+        number: int,
+        known: Mapping[int, dict[Direction, int]] = MappingProxyType({}),
+        *,
+        lasting: bool = False,
     ) -> None:
+        self._lasting = lasting
         self._number = number
         self._sums = dict(known)
         self._current = {d: metrics.round_bytes.labels(run, d) for d in DIRECTIONS}
@@ -203,6 +217,7 @@ class _Rounds:
 
     def add(self, number: int, direction: Direction, size_bytes: int) -> None:
         """Adds bytes to a round; those of others no gauge shows."""
+        number = self._number if self._lasting else number
         shown = {self._number: self._current, self._number - 1: self._last}.get(number)
         if shown is not None:
             self._sums[number][direction] += size_bytes

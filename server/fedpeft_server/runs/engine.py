@@ -19,7 +19,7 @@ from fedpeft.identity.audit import Detail
 from fedpeft.privacy.central import central_of
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.rounds import conduct, events
-from fedpeft.rounds.state_machine import Phase, Round
+from fedpeft.rounds.state_machine import Phase, Round, policies
 from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft.rounds.transitions import ACTIVE, RunStatus, changes, effects
 from fedpeft_server.background import Background
@@ -96,6 +96,8 @@ class RunEngine:
         self._folding = Folding(self.actor, store, background, self._round_log, timing)
         if self.active:  # nothing will be counted for the others, which stay for months
             metrics.begin(run.id)
+        if not policies.get(run.config.rounds.policy_name).one_version:
+            byte_counter.show_as_they_pass(run.id)
         self._gauges = RunGauges(metrics)
         self._gauges.show(run, current)
         self._arm_timer()

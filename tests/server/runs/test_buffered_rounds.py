@@ -72,6 +72,9 @@ async def test_versions_are_made_of_the_next_updates_whichever_version_they_star
     await a.push(next_a.ticket, filled(6.0))
     second = await committed(daemon, run, 2)
     assert ages(second) == {"a": 0, "c": 1}
+    metrics, size = daemon.server.metrics, 4 * SPEC.parameters
+    assert metrics.last_round_bytes.labels(run, "up")._value.get() > 2 * size, "what passed while it was in progress"
+    assert [s.value for s in metrics.update_staleness.labels(run)._samples() if s.name == "_sum"] == [1.0]
     weights = {t.client: t.weight for t in second.tickets}
     assert weights["c"] / weights["a"] == pytest.approx(STALE)
     one, two = await daemon.adapter(run, 1), await daemon.adapter(run, 2)
