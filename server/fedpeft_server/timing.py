@@ -53,7 +53,7 @@ class Timing:
             is not to hold up the others.
         daemon_alive_s: Between two words of a daemon to the others on its database that it is there.
         daemon_gone_s: A daemon that was not heard for so long is gone, and nobody waits with it any more.
-        notices_gather_s: What is to be told the others within this time is told at once.
+        notices_gather_s: News for the other daemons that comes within this time is told as one.
         listen_retry_s: Pause before a daemon listens to the others again.
         lease_s: A daemon that folds the rounds of a run has the right to it for so long after it prolonged that last,
         lease_look_s: and another that would fold it looks again after this pause.

@@ -15,6 +15,7 @@ Bytes belong to the round of the ticket or version that they are about, whicheve
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -27,6 +28,9 @@ from fedpeft_server.store.rows import Traffic
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import ended, succeeded
 
+OTHERS_WRITE_S = 10.0
+"""By then another daemon has written what it sent, unless it was killed."""
+
 
 class ByteCounter:
     """The bytes that are not in the database yet, and their Prometheus counters."""
@@ -35,6 +39,7 @@ class ByteCounter:
         self._metrics = metrics
         self._pending: dict[str, dict[Key, Traffic]] = {}  # by run, so that a transition looks at its own run's alone
         self._least: dict[Key, Traffic] = {}  # what was counted at least, where that could not be written
+        self._least_due: dict[Key, float] = {}  # times, monotonic, before which that is not written
         self._rounds: dict[str, _Rounds] = {}
         self._lasting: set[str] = set()
         self._wire: dict[tuple[str, Direction], Counter] = {}
@@ -75,13 +80,19 @@ class ByteCounter:
 
         A process that was killed took the last part of what it had sent with it.
 
-        What cannot be written now is written with what is pending, also where the caller has left.
+        What cannot be written now is written with what is pending, also where the caller has left. Where another daemon
+        may have sent it that has not written it yet, it is left for `OTHERS_WRITE_S`.
 
         Raises:
             FedpeftError: If it cannot be written.
         """
         call = CALL.get()
-        if call.key is not None and call.training:
+        if call.key is None or not call.training:
+            return
+        if store.db.is_shared:  # another daemon may have sent it, and be about to write that
+            self._least[call.key] = self._least.get(call.key, Traffic()).at_least(payload_down=position)
+            self._least_due[call.key] = time.monotonic() + OTHERS_WRITE_S
+        else:
             least = {call.key: Traffic(payload_down=position)}
             await self.hand_out(store, partial(store.db.count_at_least, least), call.key[0], least)
 
@@ -93,7 +104,11 @@ class ByteCounter:
             StateInvalid: If the database is out of reach.
         """
         self.moved.clear()
-        least, self._least = self._least, {}
+        now = time.monotonic()
+        least = {key: traffic for key, traffic in self._least.items() if self._least_due.get(key, 0.0) <= now}
+        for key in least:
+            del self._least[key]
+            self._least_due.pop(key, None)
         if least:
             await self.hand_out(store, partial(store.db.count_at_least, least), least=least)
         elif self._pending:

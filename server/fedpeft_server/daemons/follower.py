@@ -51,7 +51,7 @@ class Follower:
         runs: The runs.
         sessions: Sessions of the clients.
         admission: Knows who is refused.
-        dismiss: What follows where somebody is refused from now on.
+        dismiss: Takes seat and tickets from somebody who is refused from now on.
         presence: The other daemons.
         background: Watches over the following.
         timing: Pauses.

@@ -33,7 +33,7 @@ class Presence:
     Args:
         store: Its database tells the others.
         lobby: The clients that wait here, and those elsewhere.
-        progress: How far clients are that hold tickets.
+        progress: Progress of the clients that hold tickets.
         uploading: Returns the clients whose updates are arriving here.
         background: Watches over the telling.
         timing: Pauses, and time after which a daemon is gone.

@@ -147,7 +147,7 @@ class Sessions:
 
         Args:
             context: The call.
-            row: What the database has of its client.
+            row: Its client, as the database has it.
             now: Time on the database's clock.
             waits: True if the client waits with another daemon.
 

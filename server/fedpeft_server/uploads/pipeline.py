@@ -138,6 +138,9 @@ class Uploads:
         counted = await self._repeated(ticket, header)
         if counted:
             return counted
+        if self._store.db.is_shared and not _is_open(engine, ticket):
+            await engine.refresh()  # another daemon may have let the round go on
+            ticket = _current(engine, ticket)
         _admit(engine, ticket)
         manifest = await self._checked(engine.run, ticket, header)
         booked = partial(self._byte_counter.payload, "up", engine.run.config.codec.encoding)

@@ -60,7 +60,7 @@ class Notice:
     Attributes:
         sender: Id of the daemon.
         topic: Subject of it.
-        keys: What changed, in the form that the topic says.
+        keys: Names of it, in the form that the topic says.
     """
 
     sender: str
