@@ -81,7 +81,7 @@ class Processes:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run whose process was killed.
+    """The outcome of a run whose process was killed.
 
     Attributes:
         rounds: Rounds that ended, of `ROUNDS`.

@@ -89,6 +89,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._declare_daemon()
+        self._declare_storage()
         self._declare_bytes()
         self._declare_rounds()
         self._declare_evaluations()
@@ -97,30 +98,10 @@ class Metrics:
     def _declare_daemon(self) -> None:
         r = self.registry
         self.build = Gauge("fedpeft_build", "Always 1; the label is the server's version.", ("version",), registry=r)
-        self.disk_free_bytes = Gauge(
-            "fedpeft_disk_free_bytes", "Free space on the file system of the data folder, bytes.", registry=r
-        )
-        self.disk_size_bytes = Gauge(
-            "fedpeft_disk_size_bytes", "Size of the file system of the data folder, bytes.", registry=r
-        )
-        self.disk_spared_bytes = Gauge(
-            "fedpeft_disk_spared_bytes",
-            "Free space below which uploads, new runs and versions encoded for clients are refused (--min-free-bytes).",
-            registry=r,
-        )
         self.certificate_expiry_seconds = Gauge(
             "fedpeft_certificate_expiry_seconds",
             "Expiry time of the server's certificates (`server`, `authority`), Unix time in seconds.",
             ("certificate",),
-            registry=r,
-        )
-        self.stored_bytes = Gauge(
-            "fedpeft_stored_bytes",
-            "Size of the files in the data folder, bytes: `blobs` (adapter versions), `spool` (updates being received, "
-            "waiting for aggregation, or "
-            "kept by --keep-updates), `outbound` (encoded versions), `cache` and `fetched` (copies of objects in a "
-            "bucket), `scratch` (aggregation in progress), `database` (SQLite). Measured once a minute.",
-            ("place",),
             registry=r,
         )
         self.background_failures = Counter(
@@ -152,6 +133,34 @@ class Metrics:
         )
         for why in Refusal:
             self.enrolment_refused.labels(why)
+        self.lines_left_out = Counter(
+            "fedpeft_log_lines_left_out",
+            "Log lines about calls that were suppressed because one caller caused too many.",
+            registry=r,
+        )
+
+    def _declare_storage(self) -> None:
+        r = self.registry
+        self.disk_free_bytes = Gauge(
+            "fedpeft_disk_free_bytes", "Free space on the file system of the data folder, bytes.", registry=r
+        )
+        self.disk_size_bytes = Gauge(
+            "fedpeft_disk_size_bytes", "Size of the file system of the data folder, bytes.", registry=r
+        )
+        self.disk_spared_bytes = Gauge(
+            "fedpeft_disk_spared_bytes",
+            "Free space below which uploads, new runs and versions encoded for clients are refused (--min-free-bytes).",
+            registry=r,
+        )
+        self.stored_bytes = Gauge(
+            "fedpeft_stored_bytes",
+            "Size of the files in the data folder, bytes: `blobs` (adapter versions), `spool` (updates being received, "
+            "waiting for aggregation, or kept by --keep-updates), `outbound` (encoded versions), `cache` and `fetched` "
+            "(copies of objects in a bucket), `scratch` (aggregation in progress), `database` (SQLite). Measured once "
+            "a minute.",
+            ("place",),
+            registry=r,
+        )
         self.corrupt_files = Counter(
             "fedpeft_corrupt_files",
             "Stored files that were missing or did not have their digest when they were read, by kind: `version`, "
@@ -161,11 +170,6 @@ class Metrics:
         )
         for kind in Kind:
             self.corrupt_files.labels(kind)
-        self.lines_left_out = Counter(
-            "fedpeft_log_lines_left_out",
-            "Log lines about calls that were suppressed because one caller caused too many.",
-            registry=r,
-        )
 
     def _declare_bytes(self) -> None:
         r, run, direction = self.registry, ("run",), ("run", "direction")

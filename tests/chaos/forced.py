@@ -1,4 +1,4 @@
-"""What a process forced to its disk, noted outside of it, so that a failure of the power can take the rest away.
+"""The bytes and names that a process forced to its disk, noted outside of it: a power failure takes the rest away.
 
 A record is a line of JSON: the inode, and the base64 of a file's bytes or the names in a folder. One that death cut
 off stands for a sync that nobody was told of. A file that could not be forced counts as never forced: the kernel says

@@ -69,7 +69,7 @@ class Machine:
         self.deaths = 0
         self.cpu_s = 0.0
         self.due: float | None = None
-        """When it is started again."""
+        """The moment at which it is started again."""
         self.away_s = RESTART_S
         """Time until that, after a death before an effect."""
         self.loses_power = False
@@ -77,7 +77,7 @@ class Machine:
         self.is_leaving = False
         self._left_bytes: int | None = None
         self.ends: list[str] = []
-        """How it ended when nobody had ended it."""
+        """Its ends that nobody brought about."""
 
     def start(self) -> None:
         """Starts the process."""

@@ -39,7 +39,7 @@ class _Lasting:
 
     @property
     def over_s(self) -> float:
-        """When it is over."""
+        """The moment at which it is over."""
         return self.at_s + self.for_s  # type: ignore[attr-defined]
 
 
