@@ -21,7 +21,7 @@ SMOKE = (45, 173)
 FIRST, SCHEDULES = int(os.environ.get("FIRST", "1")), int(os.environ.get("SCHEDULES", "0"))
 SEEDS = range(FIRST, FIRST + SCHEDULES) if SCHEDULES else SMOKE
 STEP = int(os.environ.get("STEP", "0"))
-EFFECTS = {"server": 700, "a": 300}
+EFFECTS = {"server": 1600, "a": 500}
 """No machine has more of them."""
 MAY_MOUNT = subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
 
