@@ -17,6 +17,7 @@ from fedpeft.errors import DiskFull, StateInvalid
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server.parts import write_activity
+from fedpeft_server.runs import aggregation
 from fedpeft_server.store.rows import Place, Transition
 from fedpeft_server.store.store import Store, creation_key, version_key
 from fedpeft_server.timing import TIMING
@@ -248,6 +249,23 @@ async def test_a_commit_that_could_not_be_written_pauses_the_run_and_a_resume_re
         db.transit = failing(db.transit, lambda made: of_run(made) and not commits(made))  # type: ignore[method-assign]
     await a.push(task.ticket, filled(1.0))
     paused = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+    assert "make room and resume the run" in paused.reason
+    await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
+    await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
+
+
+async def test_a_fold_that_finds_the_disk_full_says_so_and_a_resume_repeats_it(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reason was "OSError: [Errno 28]", with a traceback in the log."""
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    task = await a.task()
+    with monkeypatch.context() as patched:
+        patched.setattr(aggregation, "create_eagerly", lambda _: open("/dev/full", "wb"))  # noqa: SIM115
+        await a.push(task.ticket, filled(1.0))
+        paused = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+    assert "folding round 1 of" in paused.reason and "no room" in paused.reason
     assert "make room and resume the run" in paused.reason
     await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
     await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)

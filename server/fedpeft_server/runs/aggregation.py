@@ -20,7 +20,15 @@ from tempfile import TemporaryDirectory
 import structlog
 
 from fedpeft.adapters import adapter_file
-from fedpeft.errors import BlobCorrupt, DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, VersionNotFound
+from fedpeft.errors import (
+    BlobCorrupt,
+    DatabaseLocked,
+    DatabaseUnavailable,
+    DiskFull,
+    FedpeftError,
+    StoreUnavailable,
+    VersionNotFound,
+)
 from fedpeft.privacy.accounting import BudgetSpent
 from fedpeft.privacy.central import central_of
 from fedpeft.privacy.events import Event
@@ -40,6 +48,7 @@ from fedpeft_server.runs.actor import SERVER, RunActor
 from fedpeft_server.runs.round_log import RoundLog
 from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store.blobs.integrity import Kind
+from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.rows import LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, state_key, state_prefix, version_key, version_prefix
 from fedpeft_server.timing import Timing
@@ -100,10 +109,11 @@ def aggregate(
         UpdatesLost: If updates are not what was received.
         RoundEmptied: If no update can be folded.
         BudgetSpent: If the run may not publish another round.
-        DiskFull: If there is no room for the result.
+        DiskFull: If there is no room for the result; StoreUnavailable if its folder refuses otherwise.
     """
     number = current.number
-    with ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
+    refusals = store_refusals(f"folding round {number} of {run.id} in {store.scratch}")
+    with refusals, ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
         updates = _opened(current, received, store, stack)
         old, state = _stored(run, base, store, stack)
         facts = run_header(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past
@@ -187,9 +197,10 @@ def go_back(
 
     Raises:
         BlobCorrupt: If the earlier version is not what was stored.
-        DiskFull: If there is no room for the result.
+        DiskFull: If there is no room for the result; StoreUnavailable if its folder refuses otherwise.
     """
-    with ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
+    refusals = store_refusals(f"going back to version {source.version} of {run.id} in {store.scratch}")
+    with refusals, ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
         old, state = _stored(run, source, store, stack)
         parts = (
             source.version,
@@ -382,7 +393,8 @@ class Folding:
         if isinstance(error, DatabaseUnavailable | DatabaseLocked):
             raise error
         message = error.message if isinstance(error, FedpeftError) else f"{type(error).__name__}: {error}"
-        self._log.error("aggregation failed", round=folding.number, exc_info=error)
+        traced = None if isinstance(error, DiskFull | StoreUnavailable) else error
+        self._log.error("aggregation failed", round=folding.number, message=message, exc_info=traced)
         hint = next(
             (hint for kind, hint in _HINTS.items() if isinstance(error, kind)), "see the log, then resume the run"
         )
