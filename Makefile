@@ -83,7 +83,7 @@ chaos: $(STAMP) ## hold SCHEDULES=300 federations of real processes under faults
 	SCHEDULES=$(SCHEDULES) $(BIN)/pytest -n $(WORKERS) tests/chaos
 
 MINUTES ?= 30
-chaos-goodput: $(STAMP) ## count the rounds of MINUTES=30 with a process killed or stopped, or a line cut, every 29 s, beside as many minutes without
+chaos-goodput: $(STAMP) ## count the rounds of MINUTES=30 with a process killed or stopped, or a line cut, every 29 s, and at the same time without
 	cd tests && ../$(BIN)/python -m chaos.goodput --minutes $(MINUTES)
 
 test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment without torch, and ask its commands

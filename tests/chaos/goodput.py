@@ -1,4 +1,4 @@
-"""Rounds that real processes commit under faults, beside those of a stretch of the same length without.
+"""Rounds that real processes commit under faults, beside those of another federation without, at the same time.
 
     python -m chaos.goodput --minutes 30 [--training 2] [--wanted 3]
 
@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import (
@@ -83,8 +83,8 @@ class Stretch(World):
         return self._judged(outcome)
 
 
-def stretch(name: str, faults: tuple[Fault, ...], chosen: argparse.Namespace) -> Outcome:
-    """Holds a stretch in a process of its own."""
+def begun(name: str, faults: tuple[Fault, ...], chosen: argparse.Namespace) -> Callable[[], Outcome]:
+    """Begins a stretch in a process of its own; returns what waits for its end."""
     reading, writing = os.pipe()
     place, parent = Path(tempfile.mkdtemp(prefix="goodput-")), os.getpid()
     schedule = Schedule(name, faults, rounds=ENDLESS, longest_training_s=chosen.training, wanted=chosen.wanted)
@@ -101,11 +101,15 @@ def stretch(name: str, faults: tuple[Fault, ...], chosen: argparse.Namespace) ->
                 json.dump(outcome.__dict__, stream)
             os._exit(0)
     os.close(writing)
-    with open(reading) as stream:
-        outcome = Outcome(**json.loads(stream.read()))
-    os.waitpid(child, 0)
-    shutil.rmtree(place)
-    return outcome
+
+    def ended() -> Outcome:
+        with open(reading) as stream:
+            outcome = Outcome(**json.loads(stream.read()))
+        os.waitpid(child, 0)
+        shutil.rmtree(place)
+        return outcome
+
+    return ended
 
 
 def _told(wait_s: float, at: float, faults: Sequence[Fault]) -> str:
@@ -125,8 +129,12 @@ def main() -> None:
     faults = drawn(chosen.seed, chosen.minutes * 60)
     print(f"faults: {dict(Counter(type(fault).__name__ for fault in faults))}", flush=True)
     committed = {}
-    for name, happening in (("without faults", ()), ("under faults", faults)):
-        outcome = stretch(name, happening, chosen)
+    stretches = {
+        name: (happening, begun(name, happening, chosen))
+        for name, happening in (("without faults", ()), ("under faults", faults))
+    }
+    for name, (happening, ended) in stretches.items():  # at the same time, so that the machine is as busy for both
+        outcome = ended()
         committed[name] = len(outcome.committed)
         print(f"{name}: {len(outcome.committed)} rounds, {outcome.cpu_s:.0f} s of CPU, load {os.getloadavg()[0]:.1f}")
         waits = [(after - before, before) for before, after in itertools.pairwise(outcome.committed)]

@@ -21,7 +21,7 @@ from . import processes
 from .forced import ForcedDisk
 from .switches import NEVER, Switches, obey
 
-ROOM_BYTES = 24 * 1024 * 1024
+ROOM_BYTES = 48 * 1024 * 1024
 RESTART_S = 0.5
 FRAME, HEADER = struct.Struct(">IIII"), 32
 

@@ -39,32 +39,37 @@ SPEC = AdapterSpec.of("bias", [TensorSpec("blocks.0.bias", (7,)), TensorSpec("he
 """An update has four chunks, and a residual besides."""
 
 
-def run_config(rounds: int, wanted: int) -> RunConfig:
+def run_config(rounds: int, wanted: int, *, buffered: bool) -> RunConfig:
     """Returns the run of a world: what client and server keep from round to round is in its bits.
 
     Args:
         rounds: Rounds.
         wanted: Updates that a round closes with; all clients train for each.
+        buffered: True for versions that are made of updates of any age.
     """
-    held: dict[str, Any] = {"count": rounds, "clients": wanted, "quorum": wanted, "min_available": wanted}
-    deadline: dict[str, Any] = {"deadline_s": 6, "max_extensions": 5}
+    held: dict[str, Any] = {"count": rounds, "clients": wanted, "quorum": wanted, "min_available": wanted, "seed": 5}
+    if buffered:
+        held |= {"policy": "buffered", "concurrency": len(CLIENTS), "max_staleness": 2, "quorum": 1}
+    else:
+        held["over_selection"] = len(CLIENTS) / wanted - 1
     return parse_config(
         {
             "name": "chaos",
             "model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b", "c"]},
             "peft": {"method": "bias"},
-            "rounds": {**held, **deadline, "over_selection": len(CLIENTS) / wanted - 1, "seed": 5},
+            "rounds": {**held, "deadline_s": 6, "max_extensions": 5},
             "codec": {"up": "int8", "down": "int8"},
-            "aggregation": {"strategy": "fedavgm"},
+            "aggregation": {"strategy": "fedbuff" if buffered else "fedavgm"},
         }
     )
 
 
-def serve(data: Path, port: int) -> int:
-    """Runs the daemon."""
+def serve(data: Path, port: int, updates: Path | None) -> int:
+    """Runs the daemon; received updates are kept in another place too, if one is given."""
     where = ["--data-dir", str(data), "--listen", f"127.0.0.1:{port}", "--metrics", "", "--keep-updates"]
     life = ["--certificate-life-s", str(CERTIFICATES_S)]
-    sys.argv = ["fedpeft-server", *where, *life, "--drain-s", "1", "--log-format", "json"]
+    kept = ["--updates", str(updates)] if updates else []
+    sys.argv = ["fedpeft-server", *where, *life, *kept, "--drain-s", "1", "--log-format", "json"]
     server_command.main()
     return 0
 

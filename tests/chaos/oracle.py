@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors
 import safetensors.numpy
+from simulated_time.replay import differences
 
 from fedpeft_client.egress import entries
 
@@ -50,6 +51,8 @@ def look(logs: Path, machines: dict[str, Machine], schedule: Schedule) -> Found:
         found.faults += _unbooked(read, data / "spool")
         if not any(isinstance(fault, Line) and fault.what == "repeat" for fault in schedule.faults):
             found.faults += _untold(read, machines)  # else the server gets more than was sent
+    if schedule.is_buffered:
+        found.faults += differences(data, logs.with_name("replay"))
     try:
         found.adapter = _digest(data / "blobs", newest or 0)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
@@ -115,7 +118,8 @@ def _unbooked(read: Any, spool: Path) -> Iterator[str]:
         "select number, client, id, payload_sha256 from tickets join updates on ticket = id where state = 'received'"
     )
     for number, client, ticket, sha256 in read.execute(counted):
-        size = (spool / f"{ticket}.{sha256}.update").stat().st_size
+        update = spool / f"{ticket}.{sha256}.update"
+        size = update.stat().st_size if update.exists() else 0  # gone with a round that a stop ended
         if booked.get((number, client), 0) < size:
             yield f"{client} in round {number}: {booked.get((number, client))} bytes of an update of {size} are booked"
 

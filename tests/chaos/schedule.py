@@ -51,10 +51,11 @@ class Kill(_Lasting):
     for_s: float
     effects: int | None = None
     power: bool = False
+    within_s: float = EFFECTS_S
 
     @property
     def over_s(self) -> float:
-        return self.at_s + self.for_s + (0.0 if self.effects is None else EFFECTS_S)
+        return self.at_s + self.for_s + (0.0 if self.effects is None else self.within_s)
 
     def begin(self, world: Any) -> None:
         machine = world.machines[self.machine]
@@ -182,6 +183,8 @@ class Schedule:
         is_secured: True if all speak TLS, and clients renew their certificates meanwhile.
         longest_training_s: Longest time that a training takes.
         wanted: Updates that a round closes with.
+        is_buffered: True for versions that are made of updates of any age.
+        has_store: True if received updates are kept in another place too.
         patience_s: The run is complete so long after the last fault, or something hangs.
     """
 
@@ -193,6 +196,8 @@ class Schedule:
     is_secured: bool = False
     longest_training_s: float = 0.3
     wanted: int = len(CLIENTS)
+    is_buffered: bool = False
+    has_store: bool = False
     patience_s: float = 60.0
 
     @classmethod
@@ -208,7 +213,7 @@ class Schedule:
         if name.startswith("storm "):
             return cls.drawn(int(name.removeprefix("storm ")), STORM, 2 * LENGTH_S)
         machine, effect, *power = name.split()
-        death = Kill(0.0, machine, 0.3, int(effect), power=bool(power))
+        death = Kill(0.0, machine, 0.3, int(effect), power=bool(power), within_s=60.0)
         return cls(name, (death,), own_disks=bool(power))
 
     @classmethod
@@ -216,14 +221,21 @@ class Schedule:
         """Draws a schedule; one of two has disks that get full and lose what was not forced.
 
         Every fourth is of a run whose rounds close with three of four updates: others are late, and which is chance.
-        Every third is over TLS.
+        Every fifth is of buffered rounds, every third over TLS; of every seventh the updates lie in another place too.
         """
         draw = random.Random(f"chaos {seed}")
         own_disks = draw.random() < 0.5
         faults = [_fault(draw, own_disks, length_s) for _ in range(draw.randint(most // 6, most))]
         in_order = tuple(sorted(faults, key=lambda fault: fault.at_s))
-        wanted = len(CLIENTS) - (seed % 4 == 0)
-        return cls(str(seed), in_order, own_disks, wanted=wanted, is_secured=seed % 3 == 0)
+        return cls(
+            str(seed),
+            in_order,
+            own_disks,
+            wanted=2 if seed % 5 == 0 else len(CLIENTS) - (seed % 4 == 0),
+            is_buffered=seed % 5 == 0,
+            is_secured=seed % 3 == 0,
+            has_store=seed % 7 == 0,
+        )
 
     @property
     def is_exact(self) -> bool:

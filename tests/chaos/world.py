@@ -137,7 +137,8 @@ class World:
                 lambda: self._completed() is not None, last + self._schedule.patience_s, "the run is not complete"
             )
             outcome.seconds = time.monotonic() - begun
-            self._until(lambda: time.monotonic() >= last, last + 1.0, "")
+            self._due.clear()
+            self._heal()
             run = str(self._word("run"))
             self._until(lambda: self._scored(), last + self._schedule.patience_s, "the last version is not scored")
             outcome.faults += self._verify(run)
@@ -166,11 +167,13 @@ class World:
             log = self._place / "logs" / "init.txt"
             if os.waitpid(processes.start(make, log), 0)[1]:
                 raise RuntimeError(log.read_text())
-        self._add("server", lambda disk: mains.serve(disk / "data", self._port))
-        longest_s = self._schedule.longest_training_s
+        schedule = self._schedule
+        store = lambda disk: disk / "updates" if schedule.has_store else None  # noqa: E731
+        self._add("server", lambda disk: mains.serve(disk / "data", self._port, store(disk)))
+        longest_s = schedule.longest_training_s
         for name in LINKS:
             self._add(name, lambda disk, name=name: mains.take_part(name, disk / "state", ports[name], longest_s))
-        config = mains.run_config(self._schedule.rounds, self._schedule.wanted)
+        config = mains.run_config(schedule.rounds, schedule.wanted, buffered=schedule.is_buffered)
         operate = lambda: mains.operate(self._port, config, self._said, self._operator)  # noqa: E731
         self._running.append(processes.start(operate, self._place / "logs" / "operator.0.log"))
 
