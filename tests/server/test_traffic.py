@@ -150,6 +150,16 @@ async def test_no_byte_of_an_upload_is_lost_or_counted_twice_over_kills(tmp_path
     assert len(half.data) < done.wire_bytes_up < 1.01 * len(half.data) + 20_000
 
 
+@pytest.mark.parametrize(
+    ("written", "wire_up"),
+    [(Traffic(206_609, 0, 140_727, 0), 206_609), (Traffic(141_000, 0, 140_727, 0), 206_263), (Traffic(), 206_263)],
+    ids=["the chunk's wire was written", "nothing of the chunk was written", "nothing was written"],
+)
+def test_no_chunk_is_counted_twice_whose_wire_alone_was_written_before_a_kill(written: Traffic, wire_up: int) -> None:
+    """A restart counts of the payload what the spool holds: of the last chunk the wire was there already."""
+    assert written.at_least(payload_up=206_263) == Traffic(wire_up, 0, 206_263, 0)
+
+
 async def test_a_download_that_is_resumed_counts_what_came_before(tmp_path: Path) -> None:
     port = free_port()
     size = 4 * LARGE.parameters

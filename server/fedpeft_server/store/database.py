@@ -355,7 +355,7 @@ class Database:
             rounds.add_traffic(connection, traffic)
 
     def count_at_least(self, least: Bytes, traffic: Bytes = NONE) -> None:
-        """Adds `traffic` to what was counted, then raises payloads that are below `least`, and the wire by as much."""
+        """Adds `traffic` to what was counted, then raises payloads that are below `least`, and the wire to them."""
         with self._transaction() as connection:
             rounds.add_traffic(connection, traffic)
             rounds.count_at_least(connection, least)

@@ -103,13 +103,17 @@ class Traffic:
         )
 
     def at_least(self, payload_up: int = 0, payload_down: int = 0) -> Traffic:
-        """Returns these bytes with the payloads raised where they are less, and the wire by as much."""
+        """Returns these bytes with the payloads raised where they are less, and the wire to those."""
         return self + self.short_of(payload_up, payload_down)
 
     def short_of(self, payload_up: int = 0, payload_down: int = 0) -> Traffic:
-        """Returns what these bytes lack of such payloads, and the wire as much."""
+        """Returns what these bytes lack of such payloads, and what the wire then lacks.
+
+        A chunk is on the wire before it is a payload: a process that was killed may have written the one of both.
+        """
         up, down = max(0, payload_up - self.payload_up), max(0, payload_down - self.payload_down)
-        return Traffic(up, down, up, down)
+        wire_up, wire_down = self.payload_up + up - self.wire_up, self.payload_down + down - self.wire_down
+        return Traffic(max(0, wire_up), max(0, wire_down), up, down)
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,7 @@ def add_traffic(
 
 
 def count_at_least(connection: Connection, least: Mapping[tuple[str, int, str], Traffic]) -> None:
-    """Raises the payload bytes that were counted to a least, and the wire bytes by as much; lowers nothing."""
+    """Raises the payload bytes that were counted to a least, and the wire bytes to those; lowers nothing."""
     raised = {}
     for (run, number, client), wanted in least.items():
         key = {"of_run": run, "of_number": number, "of_client": client}
