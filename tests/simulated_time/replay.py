@@ -34,10 +34,14 @@ def differences(data: Path, scratch: Path) -> Iterator[str]:
         header = RunHeader(run, stored.load_config(config), stored.load_spec(spec), fingerprint)
         texts = [text for (text,) in read.execute("select record from rounds where record != '' order by number")]
         issued = read.execute("select number, client, id from tickets").fetchall()
-        said = [
-            json.loads(d)
-            for (d,) in read.execute("select details from audit where action = 'update.received' order by number")
-        ]
+        order = list[str]()
+        told = "select action, details from audit where action in ('update.received', 'update.lost') order by number"
+        for action, details in read.execute(told):
+            ticket = json.loads(details)["ticket"]
+            if action == "update.lost":  # what follows is as if it had not come
+                order.remove(ticket)
+            else:
+                order.append(ticket)
         files = dict(read.execute("select version, sha256 from versions"))
     try:
         verify_chain(texts)
@@ -45,7 +49,7 @@ def differences(data: Path, scratch: Path) -> Iterator[str]:
         yield str(error)
         return
     records = [parse(text) for text in texts]
-    yield from _by_the_order_of_receipt(run, header.config.rounds, records, issued, [d["ticket"] for d in said])
+    yield from _by_the_order_of_receipt(run, header.config.rounds, records, issued, order)
     yield from _to_the_bit(data, scratch, header, records, files)
 
 

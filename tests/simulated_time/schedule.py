@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import sqlite3
+from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from .wire import Quality, Wire
@@ -98,7 +101,8 @@ class Rot:
     def happen(self, machines: dict[str, Any], wire: Wire, loop: Any) -> None:
         draw = random.Random(self.seed)
         spool = machines["server"].disk.path / "data" / "spool"
-        for path in sorted(path for path in spool.glob("*.update") if path.stat().st_size):
+        waiting = _not_folded(machines["server"].disk.path / "data" / "fedpeft.db")  # what is kept is not asked for
+        for path in sorted(p for p in spool.glob("*.update") if p.stat().st_size and p.name.split(".")[0] in waiting):
             data = bytearray(path.read_bytes())
             how = draw.choice(("spared", "byte", "end", "file"))
             if how == "byte":
@@ -108,6 +112,18 @@ class Rot:
                 path.write_bytes(data[: draw.randrange(len(data))])
             elif how == "file":
                 path.unlink()
+
+
+def _not_folded(database: Path) -> set[str]:
+    """Returns the tickets whose updates are received and wait for their fold."""
+    query = (
+        "select id from tickets join rounds on rounds.run = tickets.run and rounds.number = tickets.counts_in"
+        " where state = 'received' and phase in ('open', 'aggregating')"
+    )
+    if not database.exists():
+        return set()
+    with closing(sqlite3.connect(database)) as read:
+        return {ticket for (ticket,) in read.execute(query)}
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,14 @@ def test_a_world_with_a_disk_that_rots_ends_with_the_same_bits(
     assert seed != 6 or outcome.rotten > 0
 
 
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + (SCHEDULES + 2) // 4))
+def test_a_world_of_buffered_rounds_with_a_disk_that_rots_is_replayed_to_the_bit(seed: int, hold: Hold) -> None:
+    """An update that is asked for again counts once, in the version that it comes in time for."""
+    outcome = hold(f"buffered rot {seed}")
+    assert outcome.faults == [], told(outcome)
+    assert seed != 1 or outcome.rotten > 0
+
+
 @pytest.mark.parametrize("how", ["", " power"], ids=["kill", "power failure"])
 @pytest.mark.parametrize("effect", range(0, EFFECTS, STEP))
 @pytest.mark.parametrize("machine", ["server", "a"])
