@@ -83,6 +83,7 @@ def _ticket(run: str, number: int, client: str, ticket: str, weight: float) -> d
         "id": ticket,
         "run": run,
         "number": number,
+        "counts_in": number,
         "client": client,
         "state": str(TicketState.RECEIVED),
         "reason": "",
