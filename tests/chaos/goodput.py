@@ -1,6 +1,6 @@
 """Rounds that real processes commit under faults, beside those of another federation without, at the same time.
 
-    python -m chaos.goodput --minutes 30 [--training 2] [--wanted 3]
+    python -m chaos.goodput --minutes 30 [--training 4] [--wanted 3] [--seed 1]
 
 Every 29 s a process is killed or stopped, or a line is cut, by a seed. All durations of the processes are a user's.
 Afterwards each receipt must count once, and `fedpeft run verify` must fold each round again to the same bits.
