@@ -9,8 +9,9 @@ import pytest
 
 from fedpeft.api.following import RunSnapshot
 from fedpeft.rpc import wire
+from fedpeft.v1 import run_pb2
 from fedpeft_operator.console.examples import EXAMPLES
-from fedpeft_operator.console.feeds.facts import RoundFacts, TicketFacts
+from fedpeft_operator.console.feeds.facts import Reader, RoundFacts, TicketFacts
 from fedpeft_operator.console.pages.creation import excerpts
 from fedpeft_operator.console.run_file import Faulty, read
 from fedpeft_operator.console.shown.captions import captions
@@ -20,12 +21,12 @@ from fedpeft_operator.console.shown.members import members
 from fedpeft_operator.console.shown.outliers import norms, times
 from fedpeft_operator.console.shown.overview import card
 from fedpeft_operator.console.shown.pagination import paginate
-from fedpeft_operator.console.shown.run import Tile
+from fedpeft_operator.console.shown.run import Tile, stage
 from fedpeft_operator.console.shown.run import tiles as run_tiles
 from fedpeft_operator.console.shown.series import MOST_NORMS, MOST_POINTS, series, thinned
 from fedpeft_operator.console.shown.sparkline import sparkline
 
-from ..operator.operator_double import a_run
+from ..operator.operator_double import a_round, a_run
 
 GOOD = '[model]\nname = "vit"\nclasses = ["a", "b"]\n[peft]\nmethod = "bias"\n'
 
@@ -69,6 +70,20 @@ def usual(number: int, **norms_: float) -> RoundFacts:
 
 def test_a_ticket_says_how_many_versions_its_client_is_behind() -> None:
     assert (ticket("a").words, ticket("a", staleness=2).words) == ("a", "a (2 versions behind)")
+
+
+def test_a_round_of_updates_of_several_versions_says_what_it_has_and_how_far_behind_others_are() -> None:
+    run, now = a_run(version=2), a_round(3, committed=False)
+    run.config.rounds.policy = "buffered"
+    now.tickets[0].base_version, now.tickets[1].base_version = 2, 0
+    snapshot = RunSnapshot(run, {3: now})
+    shown = stage(snapshot, Reader().rounds(snapshot))
+    assert shown is not None
+    waits = "waiting for twemoji (2 versions behind)"
+    assert shown.sentence == f"1 of the 2 updates of this version received; {waits}."
+    now.phase = run_pb2.ROUND_PHASE_AGGREGATING
+    shown = stage(snapshot, Reader().rounds(snapshot))
+    assert shown is not None and shown.sentence.endswith("later ones count in the next version.")
 
 
 def test_a_norm_stands_out_beside_the_median_of_its_round() -> None:
