@@ -236,7 +236,8 @@ class SimulatedRun:
 
     def _sample(self, book: RoundBook) -> bool:
         """Offers all clients to a round, and sets those to work that get a ticket; returns whether that changed it."""
-        here, now = book.round, book.round.deadline or time.time()
+        here = book.round
+        now = time.time() if self._at_work.has_clock else here.deadline or time.time()
         waiting = events.Waiting(self._everybody, conduct.Demerits(self._conducts, here.number), math.inf)
         book.round, effects = state_machine.advance(here, waiting, self._rounds, now)
         for effect in effects:
