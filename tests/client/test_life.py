@@ -70,14 +70,15 @@ async def test_evaluator_scores_every_version(federation: Federation, start_clie
 
 
 async def test_killed_in_training_trains_the_ticket_again_to_the_same_bits(
-    federation: Federation, start_client: StartClient
+    federation: Federation, start_client: StartClient, tmp_path: Path
 ) -> None:
     federation.run = tiny_run(training={"steps": 200})
-    undisturbed = await start_client("--once", name="site-a")
+    undisturbed = await start_client("--once", state=tmp_path / "undisturbed")
     assert await undisturbed.ended() == 0, "".join(undisturbed.text)
     expected = federation.pushes[0].sha256
 
     federation.run, federation.pushes = tiny_run(training={"steps": 200}), []
+    federation.instances.clear()
     client = await start_client("--once", "-v")
     await client.said("training begins")
     worker = client.worker()
