@@ -21,8 +21,9 @@ import pytest
 from PIL import Image
 from pydantic import BaseModel
 
+from fedpeft.adapters.payload import Manifest
 from fedpeft.api.operator_client import OperatorClient
-from fedpeft.config import ModelConfig, RunConfig, TrainingConfig, load_run_file
+from fedpeft.config import ModelConfig, RunConfig, TrainingConfig, load_run_file, parse_config
 from fedpeft.data.dataset import open_dataset
 from fedpeft.data.sources.opening import open_source
 from fedpeft.data.transforms import Preprocessing
@@ -36,6 +37,8 @@ from fedpeft.models.backbones import build, fingerprint
 from fedpeft.models.tasks import task_of
 from fedpeft.peft import tune
 from fedpeft.process import locks
+from fedpeft.rounds.local_job import LocalJob, Version
+from fedpeft.training.local_budget import LocalBudget
 from fedpeft.training.loop import train
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
@@ -333,6 +336,14 @@ def diverging(world: World) -> object:
     return train(task_of(""), tuned, dataset, settings, seed=0, number=1)
 
 
+def without_budget(world: World) -> object:
+    """Has so little noise that the first update would spend more than there is."""
+    privacy = {"mechanism": "local", "clip_norm": 1.0, "noise_multiplier": 1.0, "target_epsilon": 4.0, "delta": 1e-5}
+    config = parse_config({**load_run_file(world.run_file).model_dump(exclude_none=True), "privacy": privacy})
+    job = LocalJob("a", 1, 7, config.training, Version(Manifest((), 0, b""), Path("none")))
+    return LocalBudget.of(config, job, 100)
+
+
 def unreadable(world: World) -> object:
     backbone = build(load_run_file(world.run_file).model, 0)
     dataset = open_dataset(world.images(2), ("cat", "dog"), Preprocessing.of(backbone))
@@ -392,6 +403,7 @@ CALLS: dict[str, tuple[Callable[[World], object], ...]] = {
         lambda w: keys.load(w.file("open.pem", keys.to_pem(keys.make()))),
     ),
     "TRAINING_FAILED": (diverging,),
+    "BUDGET_EXHAUSTED": (without_budget,),
     "REFUSED_BY_POLICY": (against_the_policy,),
     "AUDIT_BROKEN": (
         lambda w: audit.of_line("{}", "line 1"),

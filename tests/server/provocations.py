@@ -17,6 +17,7 @@ from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft.v1 import run_pb2
 from fedpeft_server.access import bounds
 from fedpeft_server.rpc import interceptors
 from fedpeft_server.timing import TIMING
@@ -205,6 +206,22 @@ async def damaged_blob(world: World) -> object:
     return await client.pull(run, 0)
 
 
+async def version_that_cannot_be_made(world: World) -> object:
+    daemon = await world.start()
+    rounds = {"count": 2, "clients": 1, "policy": "buffered", "concurrency": 2, "min_available": 2}
+    run = (await daemon.create(config(rounds=rounds))).id
+    a, b = await daemon.clients("a", "b")
+    first, second = await asyncio.gather(a.task(run), b.task(run))
+
+    async def broken(*_: object) -> None:
+        raise RuntimeError("no room")
+
+    world.monkeypatch.setattr(daemon.server.store, "fold", broken)
+    await a.push(first.ticket, filled(1.0))
+    await daemon.until(run, lambda found: found.state == run_pb2.RUN_STATE_PAUSED)
+    return await b.push(second.ticket, filled(2.0))
+
+
 async def ending_server(world: World) -> object:
     daemon = await world.start()
     (client,) = await daemon.clients("a")
@@ -348,6 +365,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "CHECKSUM_MISMATCH": update("wrong digest"),
     "BLOB_CORRUPT": damaged_blob,
     "DRAINING": ending_server,
+    "VERSION_BEING_MADE": version_that_cannot_be_made,
     "DATABASE_LOCKED": locked_database,
     "DATABASE_UNAVAILABLE": read_only_database,
     "TRANSFER_STALLED": silent_client,

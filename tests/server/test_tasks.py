@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from fedpeft.errors import DiskFull, StateInvalid
 from fedpeft.v1 import operator_service_pb2 as op
-from fedpeft_server.store.blobs.open_file import OpenFile
+from fedpeft_server.store.blobs.integrity import Integrity
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.spool_writer import SpoolWriter
@@ -88,7 +88,7 @@ OUTLIVING: list[tuple[type, str, CallMade]] = [
     (Spool, "writer", _push),
     (SpoolWriter, "write", _push),
     (Database, "count_at_least", _resume),
-    (OpenFile, "sha256", _download),
+    (Integrity, "fault", _download),
 ]
 
 

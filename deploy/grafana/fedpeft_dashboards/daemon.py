@@ -72,11 +72,12 @@ def _disk(to: Dashboard) -> None:
     to.with_panel(
         lines(
             "Disk",
-            "Free bytes, and what will be free in a day if it goes on as in the last 6 hours.",
+            "Free bytes, and in a day if it goes on as in the last 6 hours; below `spared` no upload is taken.",
             units.BytesIEC,
             Query(f"fedpeft_disk_free_bytes{{{DAEMONS}}}", "{{instance}} free"),
             Query(f"instance:fedpeft_disk_free_bytes:predicted1d{{{DAEMONS}}}", "{{instance}} in a day"),
             Query(f"fedpeft_disk_size_bytes{{{DAEMONS}}}", "{{instance}} size"),
+            Query(f"fedpeft_disk_spared_bytes{{{DAEMONS}}}", "{{instance}} spared"),
             width=12,
         )
     ).with_panel(

@@ -184,7 +184,15 @@ def _measured(to: Dashboard) -> None:
             units.NoUnit,
             Query(once("run", "fedpeft_privacy_epsilon"), "{{run}}"),
             steps=True,
-            width=24,
+            width=12,
+        )
+    ).with_panel(
+        lines(
+            "Staleness of updates",
+            "Versions made since the one that an update started from, in the last hour; only of buffered rounds.",
+            units.NoUnit,
+            *_quantiles("fedpeft_update_staleness", "run"),
+            width=12,
         )
     )
 

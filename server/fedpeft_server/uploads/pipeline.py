@@ -21,6 +21,7 @@ from fedpeft.adapters.payload import Manifest
 from fedpeft.config import RunConfig
 from fedpeft.errors import (
     BeingChecked,
+    BlobCorrupt,
     FedpeftError,
     InvalidArgument,
     PayloadInvalid,
@@ -213,7 +214,7 @@ class Uploads:
         try:
             async with _refusing(engine, ticket):
                 update = await self._store.compute(self._make_durable, header, writer, engine.run.config)
-        except (StateInvalid, StoreUnavailable):
+        except (BlobCorrupt, StateInvalid, StoreUnavailable):
             _admit(engine, _current(engine, ticket))  # its files went with its round meanwhile
             raise
         try:
@@ -300,6 +301,8 @@ class Uploads:
             PayloadInvalid: If it is wrong, or cannot have passed the run's transforms; its bytes are removed.
         """
         _finish(writer)
+        if not self._store.spool.is_whole(header.ticket, writer.manifest.sha256):  # which is no fault of a disk
+            raise StateInvalid(f"the update of ticket {header.ticket} was removed before it was counted")
         with self._store.updates.open(header.ticket, writer.manifest.sha256) as data:
             norm = math.sqrt(payload.squared_norm(writer.manifest, data, releaser(data)))
         try:
