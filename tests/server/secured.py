@@ -105,7 +105,10 @@ class Federation:
         key = key or keys.make()
         request = access.EnrollRequest(secret=token.secret, signing_request=requests.make(key))
         answer = await self.access(self.nobody()).Enroll(request)
-        return self.with_certificate(key, certificates.parse(answer.certificate)[0])
+        certificate = certificates.parse(answer.certificate)[0]
+        # That of one who left a moment ago begins with the next second.
+        await asyncio.sleep(max(0.0, certificate.not_valid_before_utc.timestamp() - time.time()))
+        return self.with_certificate(key, certificate)
 
     async def revoke(self, role: Role, name: str, reason: str = "lost", *, unseen: bool = False) -> access.Identity:
         request = access.RevokeIdentityRequest(role=TO_PROTO[role], name=name, reason=reason, unseen=unseen)
