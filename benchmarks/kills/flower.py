@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from processes import AWAY_S, CLIENTS, ROUNDS, TOLERANCE, Outcome, Processes, descendants_of, last_round, wait_for
+from processes import AWAY_S, CLIENTS, ROUNDS, TOLERANCE, Outcome, Processes, last_round, wait_for
 
 APP = Path(__file__).parent / "flower_app"
 
@@ -70,10 +68,7 @@ class Flower:
 
     def kill_server_app(self) -> None:
         """Kills the process that holds the rounds."""
-        for pid in descendants_of(self._processes.folder):
-            with suppress(OSError):
-                if b"flwr-serverapp" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(pid, signal.SIGKILL)
+        self._processes.kill_started(b"flwr-serverapp")
 
 
 @contextmanager

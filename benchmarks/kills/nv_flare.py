@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from processes import CLIENTS, ROUNDS, TOLERANCE, Outcome, Processes, descendants_of, last_round, wait_for
+from processes import CLIENTS, ROUNDS, TOLERANCE, Outcome, Processes, last_round, wait_for
 
 JOB = Path(__file__).parent / "nvflare_job"
 
@@ -53,13 +51,8 @@ class NVFlare:
         return line.split()[2] if line else "unknown"
 
     def kill(self, victim: str) -> None:
-        """Kills the server, or the process that holds the rounds; its pid is what its command says."""
-        module = {"server": b"server_train", "job": b"runner_process"}[victim]
-        for pid in descendants_of(self._processes.folder):
-            with suppress(OSError):
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                if module in command and b"python" in command.split(b"\0")[0]:
-                    os.kill(pid, signal.SIGKILL)
+        """Kills the server, or the process that holds the rounds."""
+        self._processes.kill_started({"server": b"server_train", "job": b"runner_process"}[victim])
 
     def value(self) -> float:
         """Returns the first value of the result; not a number if there is none."""

@@ -56,6 +56,13 @@ class Processes:
         process.kill()
         process.wait()
 
+    def kill_started(self, word: bytes) -> None:
+        """Kills outright what the processes have started whose command has a word."""
+        for pid in descendants_of(self.folder):
+            with suppress(OSError):
+                if word in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
     def said(self, *command: str) -> str:
         """Returns what a command says that ends."""
         done = subprocess.run(
