@@ -140,25 +140,29 @@ class Metrics:
         )
 
     def _declare_storage(self) -> None:
-        r = self.registry
+        r, place = self.registry, ("place",)
         self.disk_free_bytes = Gauge(
-            "fedpeft_disk_free_bytes", "Free space on the file system of the data folder, bytes.", registry=r
+            "fedpeft_disk_free_bytes",
+            "Free space on the file system of the folder of a place, bytes: `data`, the data folder; `blobs` and "
+            "`updates` where --blobs and --updates name folders on other disks.",
+            place,
+            registry=r,
         )
-        self.disk_size_bytes = Gauge(
-            "fedpeft_disk_size_bytes", "Size of the file system of the data folder, bytes.", registry=r
-        )
+        self.disk_size_bytes = Gauge("fedpeft_disk_size_bytes", "Size of that file system, bytes.", place, registry=r)
         self.disk_spared_bytes = Gauge(
             "fedpeft_disk_spared_bytes",
-            "Free space below which uploads, new runs and versions encoded for clients are refused (--min-free-bytes).",
+            "Free space on it below which uploads, new runs and versions encoded for clients are refused "
+            "(--min-free-bytes).",
+            place,
             registry=r,
         )
         self.stored_bytes = Gauge(
             "fedpeft_stored_bytes",
-            "Size of the files in the data folder, bytes: `blobs` (adapter versions), `spool` (updates being received, "
-            "waiting for aggregation, or kept by --keep-updates), `outbound` (encoded versions), `cache` and `fetched` "
-            "(copies of objects in a bucket), `scratch` (aggregation in progress), `database` (SQLite). Measured once "
-            "a minute.",
-            ("place",),
+            "Size of the files in the data folder and in those of --blobs and --updates, bytes: `blobs` (adapter "
+            "versions), `updates`, `spool` (updates being received, waiting for aggregation, or kept by "
+            "--keep-updates), `outbound` (encoded versions), `cache` and `fetched` (copies of objects in a bucket), "
+            "`scratch` (aggregation in progress), `database` (SQLite). Measured once a minute.",
+            place,
             registry=r,
         )
         self.corrupt_files = Counter(
@@ -393,10 +397,10 @@ class Metrics:
         """
         self.certificate_expiry_seconds.labels(certificate).set(at)
 
-    def watch_disk(self, folder: Path) -> None:
+    def watch_disk(self, place: str, folder: Path) -> None:
         """Shows the room where `folder` is, as it is whenever somebody asks."""
-        self.disk_free_bytes.set_function(lambda: _room(folder).free)
-        self.disk_size_bytes.set_function(lambda: _room(folder).total)
+        self.disk_free_bytes.labels(place).set_function(lambda: _room(folder).free)
+        self.disk_size_bytes.labels(place).set_function(lambda: _room(folder).total)
 
     def forget(self, run: str) -> None:
         """Removes all series of a deleted run."""

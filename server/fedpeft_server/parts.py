@@ -228,7 +228,6 @@ def _nothing() -> None:
 def _metrics(settings: Settings) -> Metrics:
     metrics = Metrics()
     metrics.build.labels(__version__).set(1)
-    metrics.watch_disk(settings.data_dir)
     return metrics
 
 
@@ -245,6 +244,8 @@ async def _store(settings: Settings, timing: Timing, metrics: Metrics, stack: As
         tell=metrics.corrupt,
     )
     stack.callback(store.close)
+    for place, folder in store.room.folders.items():
+        metrics.watch_disk(place, folder)
     await refuse_unwritable_stores(store, timing.versions_check_s)
     return store
 

@@ -79,9 +79,9 @@ class Settings(ProcessSettings):
     )
     min_free_bytes: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="Free space of the data folder's disk that uploads, new runs and versions encoded for clients "
-        "leave, in bytes; they are answered with DISK_FULL, and tried again. Absent: a "
-        "twentieth of the disk, 1 GiB at most.",
+        description="Free space that uploads, new runs and versions encoded for clients leave, in bytes, on the disks "
+        "of the data folder and of folders that --blobs and --updates name; they are answered with DISK_FULL, and "
+        "tried again. Absent: a twentieth of the disk, 1 GiB at most.",
     )
     max_transfers: Annotated[int, Field(ge=1, le=1024)] = Field(
         8, description="Uploads, and as many downloads, served at once; others wait for their turn."

@@ -83,10 +83,11 @@ class Upkeep:
         await self._store.transact(self._store.db.identities.purge_tokens, before)
 
     async def _measure(self) -> None:
-        """Shows how much is stored."""
-        for place, size_bytes in (await self._store.fold(self._store.sizes)).items():
+        """Shows how much is stored, and how much room is kept."""
+        for place, size_bytes in (await self._store.fold(self._store.measure)).items():
             self._parts.metrics.stored_bytes.labels(place).set(size_bytes)
-        self._parts.metrics.disk_spared_bytes.set(await self._store.fold(lambda: self._store.room.spared_bytes))
+        for disk in await self._store.fold(self._store.room.disks):
+            self._parts.metrics.disk_spared_bytes.labels(disk.place).set(disk.spared_bytes)
 
     async def _show_health(self) -> None:
         """Has health checks say whether the background work goes on."""

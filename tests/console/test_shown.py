@@ -9,8 +9,10 @@ import pytest
 
 from fedpeft.api.following import RunSnapshot
 from fedpeft.rpc import wire
+from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.console.examples import EXAMPLES
+from fedpeft_operator.console.feeds.disks import disk_facts
 from fedpeft_operator.console.feeds.facts import Reader, RoundFacts, TicketFacts
 from fedpeft_operator.console.pages.creation import excerpts
 from fedpeft_operator.console.run_file import Faulty, read
@@ -20,6 +22,7 @@ from fedpeft_operator.console.shown.configuration import MOST_LINES, configurati
 from fedpeft_operator.console.shown.members import members
 from fedpeft_operator.console.shown.outliers import norms, times
 from fedpeft_operator.console.shown.overview import card
+from fedpeft_operator.console.shown.overview import tiles as overview_tiles
 from fedpeft_operator.console.shown.pagination import paginate
 from fedpeft_operator.console.shown.run import Tile, stage
 from fedpeft_operator.console.shown.run import tiles as run_tiles
@@ -228,6 +231,22 @@ def test_the_history_of_a_client() -> None:
     assert drawn[0] is new
     assert len(drawn[1]["apart"]) == 2
     assert chart("z", [old, new]) is None
+
+
+def test_the_disks_of_a_server() -> None:
+    disks = [
+        op.Disk(place="data", folder="/data", size_bytes=4 * 2**30, free_bytes=2**30, spared_bytes=2**28),
+        op.Disk(place="blobs", folder="/blobs", size_bytes=2**30, free_bytes=2**20, spared_bytes=2**26),
+    ]
+    stored = {"blobs": 2**29, "spool": 2**20, "database": 2**20}
+    told = overview_tiles([], {}, disk_facts(op.GetStorageResponse(disks=disks, stored_bytes=stored)))[4:]
+    full = "512.00 MiB in use by the server; uploads are refused, for 64.00 MiB are kept for the server itself"
+    assert told == [
+        Tile("Disk", "1.00 GiB free", "of 4.00 GiB; 2.00 MiB in use by the server"),
+        Tile("Disk of blobs", "1.00 MiB free", f"of 1.00 GiB; {full}"),
+    ]
+    (fresh,) = disk_facts(op.GetStorageResponse(disks=disks[:1]))
+    assert overview_tiles([], {}, [fresh])[4].beside == "of 4.00 GiB", "nothing is measured yet"
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,22 @@ def test_a_folder_that_is_not_there(tmp_path: Path, field: str, check: str) -> N
     assert "first start" in found[0].cure and not (tmp_path / "nope").exists()
 
 
+def test_the_use_of_a_folder_is_said_and_a_folder_of_versions_elsewhere_is_looked_at(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    data, blobs = tmp_path / "data", small_disk / "blobs"
+    for folder_ in (data, blobs):
+        folder_.mkdir()
+        (folder_ / "file").write_bytes(bytes(2048))
+    found = list(examine(Setup(data_dir=data, blobs=f"file://{blobs}", **free_ports())))
+    (said,) = [finding.said for finding in found if finding.check == "data folder" and str(data) in finding.said]
+    assert f"{data}, 2.0 KiB in use, " in said
+    (full,) = [finding for finding in found if finding.check == "blobs"]
+    assert full.level is Level.FAULT and "free of 1.00 MiB" in full.said
+    in_bucket = examine(Setup(data_dir=data, blobs="s3://bucket/fedpeft", **free_ports()))
+    assert [finding for finding in in_bucket if finding.check == "blobs"] == []
+
+
 def test_a_disk_that_is_full_is_not_given_to_another_user(small_disk: Path) -> None:
     with (small_disk / "ballast").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         while True:

@@ -171,13 +171,13 @@ def test_a_certificate_shows_when_it_ends() -> None:
 
 def test_free_room_is_that_of_the_moment_and_a_lost_folder_takes_no_other_metric_along(small_disk: Path) -> None:
     metrics = Metrics()
-    metrics.watch_disk(small_disk)
-    before = samples(metrics, "fedpeft_disk_free_bytes")[()]
+    metrics.watch_disk("data", small_disk)
+    before = samples(metrics, "fedpeft_disk_free_bytes")[("data",)]
     (small_disk / "file").write_bytes(b"x" * 500_000)
-    assert before - samples(metrics, "fedpeft_disk_free_bytes")[()] >= 500_000
-    assert samples(metrics, "fedpeft_disk_size_bytes")[()] == 2**20
-    metrics.watch_disk(small_disk / "not-there")
-    assert math.isnan(samples(metrics, "fedpeft_disk_free_bytes")[()])
+    assert before - samples(metrics, "fedpeft_disk_free_bytes")[("data",)] >= 500_000
+    assert samples(metrics, "fedpeft_disk_size_bytes")[("data",)] == 2**20
+    metrics.watch_disk("data", small_disk / "not-there")
+    assert math.isnan(samples(metrics, "fedpeft_disk_free_bytes")[("data",)])
 
 
 def test_figures_of_updates_are_counted_and_nonsense_is_not() -> None:

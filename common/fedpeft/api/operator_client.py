@@ -283,6 +283,10 @@ class OperatorClient(AccessCalls):
         """Lets a client back that was set aside, in one run or in all; returns the runs in which it was."""
         return list((await self._ask(self._stub.ReadmitClient, pb.ReadmitClientRequest(client=client, run=run))).runs)
 
+    async def storage(self) -> pb.GetStorageResponse:
+        """Returns the room on the server's disks, and what is stored there."""
+        return await self._ask(self._stub.GetStorage, pb.GetStorageRequest())
+
     async def download(
         self, run: str, path: Path, *, version: int | None = None, progress: Progress = _silent
     ) -> pb.DownloadHeader:

@@ -112,6 +112,11 @@ class OperatorServiceStub:
                 request_serializer=fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientRequest.SerializeToString,
                 response_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientResponse.FromString,
                 _registered_method=True)
+        self.GetStorage = channel.unary_unary(
+                '/fedpeft.v1.OperatorService/GetStorage',
+                request_serializer=fedpeft_dot_v1_dot_operator__service__pb2.GetStorageRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.GetStorageResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -261,6 +266,14 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStorage(self, request, context):
+        """GetStorage shows the room on the disks of the server that is asked, and what it has stored there. Of several daemons on
+        one database, each has its own. A disk that cannot be looked at is left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -328,6 +341,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ReadmitClient,
                     request_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientRequest.FromString,
                     response_serializer=fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientResponse.SerializeToString,
+            ),
+            'GetStorage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStorage,
+                    request_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.GetStorageRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_operator__service__pb2.GetStorageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -694,6 +712,33 @@ class OperatorService:
             '/fedpeft.v1.OperatorService/ReadmitClient',
             fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientRequest.SerializeToString,
             fedpeft_dot_v1_dot_operator__service__pb2.ReadmitClientResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStorage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpeft.v1.OperatorService/GetStorage',
+            fedpeft_dot_v1_dot_operator__service__pb2.GetStorageRequest.SerializeToString,
+            fedpeft_dot_v1_dot_operator__service__pb2.GetStorageResponse.FromString,
             options,
             channel_credentials,
             insecure,

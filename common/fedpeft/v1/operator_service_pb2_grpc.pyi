@@ -106,6 +106,10 @@ class OperatorServiceStub:
     again as the others are. A client that is set aside nowhere stays as it is.
       NOT_FOUND            RUN_NOT_FOUND, CLIENT_NOT_FOUND
     """
+    GetStorage: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.GetStorageRequest, _operator_service_pb2.GetStorageResponse]
+    """GetStorage shows the room on the disks of the server that is asked, and what it has stored there. Of several daemons on
+    one database, each has its own. A disk that cannot be looked at is left out.
+    """
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """OperatorService creates runs and watches over them. Errors are as in FederationService.
@@ -276,6 +280,16 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         """ReadmitClient lets a client back that was set aside, because three updates of it in a row were refused or excluded: it is sampled
         again as the others are. A client that is set aside nowhere stays as it is.
           NOT_FOUND            RUN_NOT_FOUND, CLIENT_NOT_FOUND
+        """
+
+    @_abc_1.abstractmethod
+    def GetStorage(
+        self,
+        request: _operator_service_pb2.GetStorageRequest,
+        context: _aio.ServicerContext[_operator_service_pb2.GetStorageRequest, _abc.Awaitable[_operator_service_pb2.GetStorageResponse]],
+    ) -> _abc.Awaitable[_operator_service_pb2.GetStorageResponse]:
+        """GetStorage shows the room on the disks of the server that is asked, and what it has stored there. Of several daemons on
+        one database, each has its own. A disk that cannot be looked at is left out.
         """
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _aio.Server) -> None: ...

@@ -50,9 +50,9 @@ def _disk(to: Dashboard) -> None:
     to.with_panel(
         numbers(
             "Disk free",
-            "Of the file system of the data folder; below 5 % rounds are about to stop.",
+            "Of each file system that the daemon writes to; below 5 % rounds are about to stop.",
             units.PercentUnit,
-            Query(f"instance:fedpeft_disk_free_bytes:ratio{{{DAEMONS}}}", "{{instance}}"),
+            Query(f"instance:fedpeft_disk_free_bytes:ratio{{{DAEMONS}}}", "{{instance}} {{place}}"),
             (None, RED),
             (0.05, YELLOW),
             (0.2, GREEN),
@@ -74,10 +74,10 @@ def _disk(to: Dashboard) -> None:
             "Disk",
             "Free bytes, and in a day if it goes on as in the last 6 hours; below `spared` no upload is taken.",
             units.BytesIEC,
-            Query(f"fedpeft_disk_free_bytes{{{DAEMONS}}}", "{{instance}} free"),
-            Query(f"instance:fedpeft_disk_free_bytes:predicted1d{{{DAEMONS}}}", "{{instance}} in a day"),
-            Query(f"fedpeft_disk_size_bytes{{{DAEMONS}}}", "{{instance}} size"),
-            Query(f"fedpeft_disk_spared_bytes{{{DAEMONS}}}", "{{instance}} spared"),
+            Query(f"fedpeft_disk_free_bytes{{{DAEMONS}}}", "{{instance}} {{place}} free"),
+            Query(f"instance:fedpeft_disk_free_bytes:predicted1d{{{DAEMONS}}}", "{{instance}} {{place}} in a day"),
+            Query(f"fedpeft_disk_size_bytes{{{DAEMONS}}}", "{{instance}} {{place}} size"),
+            Query(f"fedpeft_disk_spared_bytes{{{DAEMONS}}}", "{{instance}} {{place}} spared"),
             width=12,
         )
     ).with_panel(

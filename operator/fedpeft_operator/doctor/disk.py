@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedpeft.formatting import size
-from fedpeft.process.mounts import mount_of
+from fedpeft.process.mounts import mount_of, tree_bytes
 from fedpeft_operator.doctor.findings import Finding, Setup, fault, ok, warning
 
 GIB = 1024**3
@@ -25,7 +25,14 @@ REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", 
 
 def check_disks(setup: Setup) -> Iterator[Finding]:
     """Looks at the folders that are written to."""
-    for name, folder, least in (("data folder", setup.data_dir, 10 * GIB), ("state folder", setup.state_dir, GIB)):
+    place = setup.blobs.removeprefix("file://")
+    blobs = Path(place) if place and "://" not in place else None
+    folders = (
+        ("data folder", setup.data_dir, 10 * GIB),
+        ("blobs", blobs, 10 * GIB),
+        ("state folder", setup.state_dir, GIB),
+    )
+    for name, folder, least in folders:
         if folder is not None:
             yield from _check(name, folder, least)
 
@@ -39,9 +46,9 @@ def _check(name: str, folder: Path, least: int) -> Iterator[Finding]:
         cure = "free some space, or take a larger disk" if full else "give it to the user that runs FedPEFT"
         yield fault(name, f"{there} cannot be written: {error.strerror}", cure)
         return
-    free = shutil.disk_usage(there).free
-    left = os.statvfs(there)
-    said = f"{there}, {size(free)} free, a sync takes {1000 * took_s:.1f} ms"
+    usage, left = shutil.disk_usage(there), os.statvfs(there)
+    free, used = usage.free, size(tree_bytes(folder))
+    said = f"{there}, {used} in use, {size(free)} free of {size(usage.total)}, a sync takes {1000 * took_s:.1f} ms"
     if free < GIB // 4 or (left.f_files and left.f_favail < 1000):
         yield fault(name, f"{said}; that is almost none", "free some space, or take a larger disk")
     elif free < least:

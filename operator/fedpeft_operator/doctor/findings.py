@@ -58,6 +58,7 @@ class Setup:
         listen: HOST:PORT that this server serves on.
         metrics: HOST:PORT of its metrics; empty: none.
         database: Its database URL; empty: SQLite in the data folder.
+        blobs: Place of its adapter versions; empty: the data folder.
         state_dir: A client's state directory.
         data: A client's images.
         device: Device that a client computes on.
@@ -76,6 +77,7 @@ class Setup:
     device: str = "auto"
     image_column: str | None = None
     label_column: str | None = None
+    blobs: str = ""
 
     @property
     def identity_folder(self) -> Path | None:

@@ -141,6 +141,7 @@ CALLS: Mapping[str, CallBound] = {
     "/fedpeft.v1.OperatorService/DownloadAdapter": _SMALL,
     "/fedpeft.v1.OperatorService/ListClients": _SMALL,
     "/fedpeft.v1.OperatorService/ReadmitClient": _SMALL,
+    "/fedpeft.v1.OperatorService/GetStorage": _SMALL,
     "/fedpeft.v1.FederationService/Register": CallBound(rate=Rate(1, 30)),
     "/fedpeft.v1.FederationService/AwaitRound": _SMALL,
     "/fedpeft.v1.FederationService/AnswerOffer": CallBound(rate=Rate(2, 100)),

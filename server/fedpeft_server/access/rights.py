@@ -41,6 +41,7 @@ RIGHTS: Mapping[str, frozenset[Right]] = {
     "/fedpeft.v1.OperatorService/DownloadAdapter": _READS,
     "/fedpeft.v1.OperatorService/ListClients": _READS,
     "/fedpeft.v1.OperatorService/ReadmitClient": _WRITES,
+    "/fedpeft.v1.OperatorService/GetStorage": _READS,
     "/fedpeft.v1.FederationService/Register": _TAKES_PART,
     "/fedpeft.v1.FederationService/AwaitRound": _TAKES_PART,
     "/fedpeft.v1.FederationService/AnswerOffer": _TAKES_PART,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from fedpeft.errors import AuditBroken, FedpeftError, SettingsInvalid
 from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
+from fedpeft.process.mounts import tree_bytes
 from fedpeft_server.checks.database import opened
-from fedpeft_server.checks.findings import Report
+from fedpeft_server.checks.findings import FolderUse, Report
 from fedpeft_server.checks.runs import check_run
 from fedpeft_server.checks.updates import check_updates
 from fedpeft_server.settings import Settings
@@ -34,6 +36,7 @@ def check(settings: Settings) -> Report:
     report, folder = Report(), settings.data_dir
     blobs = Blobs(settings.blobs or str(folder / "blobs"), flag="--blobs" if settings.blobs else "--data-dir")
     bucket = Blobs(settings.updates, flag="--updates") if settings.updates else None
+    report.disks += _uses(folder, *(place.folder for place in (blobs, bucket) if place is not None))
     with opened(database_url(settings), report) as database:
         if database is None:
             return report
@@ -48,6 +51,12 @@ def check(settings: Settings) -> Report:
         _note_strays(bucket, "updates", updates, report)
     _note_unknown(folder, report)
     return report
+
+
+def _uses(data: Path, *others: Path | None) -> Iterator[FolderUse]:
+    for folder in (data, *(other for other in others if other is not None and data.absolute() not in other.parents)):
+        usage = shutil.disk_usage(folder)
+        yield FolderUse(str(folder), tree_bytes(folder), usage.free, usage.total)
 
 
 def database_url(settings: Settings) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from fedpeft import formatting
 from fedpeft.formatting import counted
 
 
@@ -41,6 +42,22 @@ class Finding:
         return f"{self.level}  {self.what}: {self.found}; {self.cure}"
 
 
+@dataclass(frozen=True, slots=True)
+class FolderUse:
+    """A folder of the server: the size of its files, and the free space and size of its file system, in bytes."""
+
+    folder: str
+    used_bytes: int
+    free_bytes: int
+    size_bytes: int
+
+    @property
+    def line(self) -> str:
+        """The use as one line."""
+        used, free, whole = (formatting.size(each) for each in (self.used_bytes, self.free_bytes, self.size_bytes))
+        return f"{self.folder}: {used} in use, {free} free of {whole}"
+
+
 @dataclass
 class Report:
     """Result of a check.
@@ -48,10 +65,12 @@ class Report:
     Attributes:
         findings: In the order in which they were found.
         looked_at: Number of things of each kind that were looked at.
+        disks: The folders of this machine, with what is in use there and free.
     """
 
     findings: list[Finding] = field(default_factory=list)
     looked_at: Counter[str] = field(default_factory=Counter)
+    disks: list[FolderUse] = field(default_factory=list)
 
     def fault(self, what: str, found: str, cure: str) -> None:
         """Adds a fault."""
@@ -75,8 +94,9 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Returns all of it for JSON."""
-        findings = [asdict(finding) for finding in self.findings]
-        return {"faults": self.number(Level.FAULT), "findings": findings, "checked": dict(self.looked_at)}
+        findings, disks = ([asdict(each) for each in found] for found in (self.findings, self.disks))
+        faults, checked = self.number(Level.FAULT), dict(self.looked_at)
+        return {"faults": faults, "findings": findings, "checked": checked, "disks": disks}
 
 
 def _counted(number: int, kind: str) -> str:

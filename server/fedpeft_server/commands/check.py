@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> int:
     else:
         for finding in report.findings:
             say(finding.line)
+        for use in report.disks:
+            say(use.line)
         say(report.summary)
     return 1 if report.number(Level.FAULT) else 0
 

@@ -18,6 +18,7 @@ from fedpeft.v1 import access_service_pb2, federation_service_pb2, operator_serv
 from fedpeft_server.rpc.pages import fitting
 from fedpeft_server.runs.progress import Progress, State, Verdict
 from fedpeft_server.runs.scoring import EvaluatorProgress
+from fedpeft_server.store.blobs.room import Disk
 from fedpeft_server.store.rows import (
     AnswerRow,
     ClientRow,
@@ -267,6 +268,12 @@ def identity_message(row: IdentityRow, trusted: bool) -> access_service_pb2.Iden
         issuer=row.issuer,
         authority_replaced=not trusted,
     )
+
+
+def disk_message(disk: Disk) -> operator_service_pb2.Disk:
+    """Returns the room on a disk."""
+    facts = asdict(disk) | {"folder": str(disk.folder)}
+    return operator_service_pb2.Disk(**facts)
 
 
 def audit_message(entry: AuditEntry) -> access_service_pb2.AuditEntry:

@@ -9,7 +9,7 @@ import secrets
 import string
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,6 +44,7 @@ from fedpeft_server.rpc.messages import (
     EVALUATORS,
     RUN_BYTES,
     client_message,
+    disk_message,
     progress_message,
     run_message,
     scoring_message,
@@ -240,6 +241,14 @@ class Operator(pb_grpc.OperatorServiceServicer):
                 f"no client {request.client[:64]!r} ever registered; `fedpeft client list` shows who did"
             )
         return pb.ReadmitClientResponse(runs=await self._runs.readmit(request.client, request.run, actor()))
+
+    async def GetStorage(self, request: pb.GetStorageRequest, context: Context) -> pb.GetStorageResponse:
+        """Shows the room on the disks, and what is stored there."""
+        disks: list[pb.Disk] = []
+        for place in self._store.room.folders:
+            with suppress(OSError):
+                disks.append(disk_message(await self._store.file(self._store.room.disk, place)))
+        return pb.GetStorageResponse(disks=disks, stored_bytes=self._store.stored_bytes)
 
     def _client(self, row: ClientRow, order: Mapping[str, int]) -> pb.Client:
         found = self._runs.progress.of(row.id, self._runs.is_usable)

@@ -167,7 +167,7 @@ class Spool:
                 held = None
             if not (held and held.whole) and self._room is not None:
                 there = held.path.stat().st_size if held and held.path.exists() else 0
-                self._room.check(f"the upload of {ticket}", max(0, manifest.payload_bytes - there))
+                self._room.check_all(f"the upload of {ticket}", max(0, manifest.payload_bytes - there))
             if held is None:
                 path = self._folder / f"{ticket}.{manifest.sha256.hex()}.part"
                 held = _Held(path, manifest.sha256.hex(), whole=False)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import structlog
 
 from fedpeft.errors import DatabaseLocked, DiskFull
+from fedpeft.process.mounts import file_bytes, tree_bytes
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.clock import DatabaseClock
@@ -73,8 +73,8 @@ class Store:
         updates: URL or folder of an object store where whole updates lie too, or empty for the data folder alone.
         timing: Longest wait of a transaction for a lock of another program.
         keep_updates: True to keep counted updates in the spool after their round.
-        min_free_bytes: Free bytes of the data folder's disk that uploads, new runs and encoded versions leave; None for
-            a part of the disk.
+        min_free_bytes: Free bytes of each disk that uploads, new runs and encoded versions leave; None for a part of
+            the disk.
         tell: Called, in any thread, with each stored file that is found to be corrupt.
 
     Attributes:
@@ -82,7 +82,8 @@ class Store:
         spool: Spool in which updates arrive.
         updates: Place of updates until nothing needs them.
         places: Folders and object stores that flags name.
-        room: Room on the disk of the data folder.
+        room: Room on the disks of the data folder and of the other folders.
+        stored_bytes: Bytes of the files in the folders, by place, as they were measured last.
         registrations: Writes clients as they register.
         answers: Writes their answers to the offers of runs; the result is False where there is no such run.
     """
@@ -108,15 +109,17 @@ class Store:
         except DiskFull as error:
             raise DiskFull(f"{'--database' if database else f'--data-dir {folder}'}: {error.message}") from None
         self.db.transactions.wait_at_most(0)  # `call` waits, and keeps the database's thread free meanwhile
-        self.room = Room(folder, min_free_bytes)
         files, flag = Integrity(tell), "--blobs" if blobs else "--data-dir"
         self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache", flag, files)
         self.places = [self.blobs]
-        self.spool = Spool(folder / "spool", keep_manifests=keep_updates, files=files, room=self.room)
-        self.updates: UpdateStore = self.spool
         if updates:
             self.places.append(Blobs(updates, folder / "fetched", "--updates", files))
-            self.updates = BucketUpdates(self.spool, self.places[-1])
+        named = dict(zip(("blobs", "updates"), self.places, strict=False))
+        self._folders = {place: blobs.folder for place, blobs in named.items() if blobs.folder is not None}
+        self.room = Room(folder, min_free_bytes, self._folders)
+        self.stored_bytes: Mapping[str, int] = {}
+        self.spool = Spool(folder / "spool", keep_manifests=keep_updates, files=files, room=self.room)
+        self.updates: UpdateStore = BucketUpdates(self.spool, self.places[-1]) if updates else self.spool
         self.download_cache = DownloadCache(folder / "outbound", self.blobs, files, self.room)
         self.scratch = folder / "scratch"
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -311,11 +314,13 @@ class Store:
                 self.updates.remove_all((key,))
         self.updates.remove_all(self.spool.others(set(tickets), whole=not self.keep_updates))
 
-    def sizes(self) -> dict[str, int]:
-        """Returns the bytes of the files in the data folder, by place."""
-        names = ("blobs", "spool", "outbound", "cache", "fetched", "scratch")
-        places = {name: _tree_bytes(self._folder / name) for name in names}
-        places["database"] = sum(_file_bytes(path) for path in self._folder.glob("fedpeft.db*"))
+    def measure(self) -> Mapping[str, int]:
+        """Measures the bytes of the files in the data folder and in the folders beside it, by place, and keeps them."""
+        names = ("spool", "outbound", "cache", "fetched", "scratch")
+        folders = {name: self._folder / name for name in names} | self._folders
+        places = {name: tree_bytes(folder) for name, folder in folders.items()}
+        places["database"] = sum(file_bytes(path) for path in self._folder.glob("fedpeft.db*"))
+        self.stored_bytes = places
         return places
 
     def close(self) -> None:
@@ -327,18 +332,6 @@ class Store:
         self._readers.shutdown()
         self._transactions.shutdown()
         self.db.close()
-
-
-def _tree_bytes(folder: Path) -> int:
-    """Returns the bytes of all files below a folder, as far as they are still there."""
-    return sum(_file_bytes(Path(at, name)) for at, _, names in os.walk(folder) for name in names)
-
-
-def _file_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _tell_failure(done: Future[Any]) -> None:

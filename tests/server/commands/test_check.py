@@ -89,7 +89,8 @@ async def test_sound_data_have_no_finding_and_stay_as_they_are(
     before = stopped.files()
     capsys.readouterr()
     assert check.main(["--data-dir", str(stopped.folder)]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    used, line = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"{stopped.folder}: \S+ [KM]iB in use, \S+ GiB free of \S+ GiB", used)
     assert line.startswith("checked 1 run, 2 versions, 1 state, 1 update, 1 record, ")
     assert line.endswith(" audit entries: 0 faults, 0 notes")
     assert stopped.files() == before

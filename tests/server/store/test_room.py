@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,41 @@ def test_what_would_take_the_spared_bytes_is_refused_with_the_figures(small_disk
     room.check("a small thing", 100_000)
     with pytest.raises(DiskFull, match=r"takes 700,000 bytes, .* free .* 500,000 are kept for the server"):
         room.check("a large thing", 700_000)
-    assert Room(small_disk).spared_bytes == 1024**2 // 20
+    assert Room(small_disk).disk().spared_bytes == 1024**2 // 20
+
+
+async def test_a_folder_of_versions_on_another_disk_must_have_room_too(
+    start: StartDaemon, tmp_path: Path, small_disk: Path
+) -> None:
+    daemon = await start(tmp_path / "data", blobs=str(small_disk / "blobs"))
+    run = (await daemon.create(config(rounds={"count": 2, "clients": 1, "quorum": 1}))).id
+    (alice,) = await daemon.clients("alice")
+    task = await alice.task(run)
+    with (small_disk / "ballast").open("wb") as ballast:
+        ballast.write(bytes(shutil.disk_usage(small_disk).free - 40_000))
+    for refused in (alice.push(task.ticket, filled(0.5)), daemon.create(config(), request_id="another")):
+        error = await fault(refused)
+        assert error.reason == "DISK_FULL"
+        assert f"on the disk of {small_disk / 'blobs'}, of which 52,428 are kept" in error.message
+    shown = (await daemon.operator.GetStorage(op.GetStorageRequest())).disks
+    assert [(disk.place, disk.folder) for disk in shown] == [
+        ("data", str(tmp_path / "data")),
+        ("blobs", str(small_disk / "blobs")),
+    ]
+    assert shown[1].size_bytes == 1024**2 and shown[1].free_bytes < shown[1].spared_bytes == 1024**2 // 20
+    (small_disk / "ballast").unlink()
+    await alice.push(task.ticket, filled(0.5))
+    assert (await daemon.until(run, lambda found: found.version == 1)).version == 1
+
+
+async def test_what_is_stored_is_shown(start: StartDaemon, tmp_path: Path) -> None:
+    daemon = await start(tmp_path / "data")
+    await daemon.create(config())
+    await asyncio.to_thread(daemon.server.store.measure)
+    storage = await daemon.operator.GetStorage(op.GetStorageRequest())
+    assert [disk.place for disk in storage.disks] == ["data"], "the folder of versions is on the same disk"
+    assert storage.stored_bytes["blobs"] > 0 and storage.stored_bytes["database"] > 0
+    assert storage.stored_bytes["spool"] == 0
 
 
 async def test_uploads_runs_and_encoded_versions_wait_and_all_else_goes_on(start: StartDaemon, tmp_path: Path) -> None:

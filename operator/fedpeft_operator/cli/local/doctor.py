@@ -25,6 +25,26 @@ EPILOG = epilog(
     "fedpeft doctor --state-dir state --data photos",
     hint="Exit code 1 means a fault; warnings do not count. It changes nothing.",
 )
+Database = Annotated[
+    str,
+    typer.Option(
+        "--database",
+        envvar="FEDPEFT_SERVER_DATABASE",
+        metavar="URL",
+        help="URL of its database, if not in the folder.",
+        show_envvar=True,
+    ),
+]
+Blobs = Annotated[
+    str,
+    typer.Option(
+        "--blobs",
+        envvar="FEDPEFT_SERVER_BLOBS",
+        metavar="PLACE",
+        help="Place of its adapter versions, if not in the folder.",
+        show_envvar=True,
+    ),
+]
 
 
 def doctor(
@@ -38,16 +58,8 @@ def doctor(
     metrics: Annotated[
         str, typer.Option("--metrics", metavar="HOST:PORT", help="Address of its metrics; empty: none.")
     ] = "127.0.0.1:9464",
-    database: Annotated[
-        str,
-        typer.Option(
-            "--database",
-            envvar="FEDPEFT_SERVER_DATABASE",
-            metavar="URL",
-            help="URL of its database, if not in the folder.",
-            show_envvar=True,
-        ),
-    ] = "",
+    database: Database = "",
+    blobs: Blobs = "",
     state_dir: Annotated[
         Path | None, typer.Option("--state-dir", metavar="DIR", help="A client's state directory: checks that side.")
     ] = None,
@@ -80,6 +92,7 @@ def doctor(
         device,
         image_column,
         label_column,
+        blobs,
     )
     findings = list(examine(setup)) if as_json else [_said(finding) for finding in examine(setup)]
     if as_json:

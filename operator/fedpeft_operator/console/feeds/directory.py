@@ -10,10 +10,12 @@ from typing import TypeVar
 
 import structlog
 
-from fedpeft.errors import FedpeftError
+from fedpeft.api.operator_client import OperatorClient
+from fedpeft.errors import FedpeftError, Unavailable
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.console.feeds.change_signal import ChangeSignal
+from fedpeft_operator.console.feeds.disks import DiskFacts, disk_facts
 from fedpeft_operator.console.feeds.server_connection import ServerConnection
 
 PAUSE_S = 1.0
@@ -38,6 +40,7 @@ class Directory:
     Attributes:
         runs: Every run by id, oldest first.
         clients: Every client by id.
+        disks: The server's disks; empty if it is too old to say.
         lost: The cause of the last refresh that failed, in a sentence; empty if it succeeded.
         known: True once the server has answered.
         users: Open pages that show the lists.
@@ -46,6 +49,7 @@ class Directory:
     def __init__(self, connection: ServerConnection, signal: ChangeSignal, back: Callable[[], None]) -> None:
         self.runs: dict[str, run_pb2.Run] = {}
         self.clients: dict[str, pb.Client] = {}
+        self.disks: tuple[DiskFacts, ...] = ()
         self.lost = ""
         self.known = False
         self.users = 0
@@ -97,10 +101,11 @@ class Directory:
 
     async def _refresh(self) -> None:
         began = time.monotonic()
-        before = (self.runs, self.clients, self.lost)
+        before = (self.runs, self.clients, self.disks, self.lost)
         try:
             runs = await self._connection.ask(lambda server: server.runs())
             clients = await self._connection.ask(lambda server: server.clients())
+            self.disks = await self._connection.ask(_disks)
             self.runs, self.clients = _by_id(runs), _by_id(clients)
             self.lost, self.known = "", True
         except FedpeftError as error:
@@ -114,10 +119,19 @@ class Directory:
         # What a look at a server that is away takes says nothing about the federation's size.
         pause_s = PAUSE_S if self.lost else min(max(PAUSE_S, SHARE * (now - began)), LONGEST_PAUSE_S)
         self._fresh_until = now + pause_s
-        if before[2] and not self.lost:
+        if before[-1] and not self.lost:
             self._back()
-        if before != (self.runs, self.clients, self.lost):
+        if before != (self.runs, self.clients, self.disks, self.lost):
             self._signal.notify()
+
+
+async def _disks(server: OperatorClient) -> tuple[DiskFacts, ...]:
+    try:
+        return disk_facts(await server.storage())
+    except Unavailable:
+        raise
+    except FedpeftError:  # of a server that has no such call
+        return ()
 
 
 def _by_id(items: Sequence[T]) -> dict[str, T]:

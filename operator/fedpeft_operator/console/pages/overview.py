@@ -39,9 +39,10 @@ def draw(context: ConsoleContext, page: int, may_write: bool) -> Fragments:
     directory = context.directory
     shown = paginate(list(reversed(directory.runs.values())), page, RUNS_A_PAGE)
     cards = [_card(context, run) for run in shown.items]
+    figures = tiles(directory.runs.values(), directory.clients, directory.disks)
     return {
         "connection": context.renderer.fragment("connection.html", lost=directory.lost),
-        "tiles": context.renderer.fragment("tiles.html", tiles=tiles(directory.runs.values(), directory.clients)),
+        "tiles": context.renderer.fragment("tiles.html", tiles=figures),
         "runs": context.renderer.fragment(
             "cards.html", cards=cards, page=shown, may_write=may_write, asked=directory.known
         ),

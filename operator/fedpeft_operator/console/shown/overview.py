@@ -11,6 +11,7 @@ from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
+from fedpeft_operator.console.feeds.disks import DiskFacts
 from fedpeft_operator.console.feeds.facts import RoundFacts
 from fedpeft_operator.console.shown.members import members
 from fedpeft_operator.console.shown.run import Tile, head, stage
@@ -88,8 +89,8 @@ def card(run: run_pb2.Run, snapshot: RunSnapshot | None, rounds: Sequence[RoundF
     )
 
 
-def tiles(runs: Iterable[run_pb2.Run], clients: Mapping[str, pb.Client]) -> list[Tile]:
-    """Returns the federation in four figures."""
+def tiles(runs: Iterable[run_pb2.Run], clients: Mapping[str, pb.Client], disks: Sequence[DiskFacts] = ()) -> list[Tile]:
+    """Returns the federation in four figures, and one more for each of the server's disks."""
     states = Counter(views.state(run) for run in runs)
     roles = Counter(views.role(client) for client in clients.values())
     here = Counter(client.activity for client in clients.values())
@@ -106,7 +107,16 @@ def tiles(runs: Iterable[run_pb2.Run], clients: Mapping[str, pb.Client]) -> list
             busy or ("all are waiting" if len(clients) > away else "no client is online"),
         ),
         Tile("Evaluators", f"{roles['evaluator']}", "score versions on held-out data"),
+        *(_disk(disk) for disk in disks),
     ]
+
+
+def _disk(disk: DiskFacts) -> Tile:
+    name = "Disk" if disk.place == "data" else f"Disk of {disk.place}"
+    said = f"of {disk.size}" + (f"; {disk.used} in use by the server" if disk.used else "")
+    if disk.is_full:
+        said += f"; uploads are refused, for {disk.spared} are kept for the server itself"
+    return Tile(name, f"{disk.free} free", said)
 
 
 def _scores(by: str, run: run_pb2.Run, rounds: Sequence[RoundFacts]) -> list[tuple[int, float]]:

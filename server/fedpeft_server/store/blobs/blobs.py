@@ -82,6 +82,11 @@ class Blobs:
         """True for a folder of this machine, False for an object store."""
         return self._root is not None
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder; None for an object store."""
+        return self._root
+
     def try_writing(self) -> None:
         """Writes an empty blob under a key of its own and removes it."""
         key = f"trial-{secrets.token_hex(8)}"
