@@ -48,6 +48,7 @@ from fedpeft.errors import (
     TicketNotFound,
     TrainingFailed,
     VersionNotFound,
+    VersionRemoved,
 )
 from fedpeft.process import tracing
 from fedpeft.process.logs import Log
@@ -91,7 +92,16 @@ MAX_REASONS = 8
 EVALUATIONS = 3
 """Most attempts of an evaluator to score a version."""
 _NOBODYS_FAULT = frozenset(
-    error.reason for error in (RefusedByPolicy, RunFinished, RunNotFound, TicketClosed, TicketNotFound, VersionNotFound)
+    error.reason
+    for error in (
+        RefusedByPolicy,
+        RunFinished,
+        RunNotFound,
+        TicketClosed,
+        TicketNotFound,
+        VersionNotFound,
+        VersionRemoved,
+    )
 )
 """Reasons for the end of a task that say nothing against its run: the hour, or that it is over."""
 

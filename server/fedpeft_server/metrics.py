@@ -64,6 +64,7 @@ BACKGROUND = (
     "log",
     "tokens",
     "storage",
+    "retention",
     "health",
     "enrolment",
     "event loop",

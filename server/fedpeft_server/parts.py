@@ -51,6 +51,7 @@ from fedpeft_server.runs.progress_watch import ProgressWatch
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.settings import Settings
 from fedpeft_server.startup_checks import refuse_lost_certificates, refuse_unwritable_stores
+from fedpeft_server.store.retention import RetentionPolicy
 from fedpeft_server.store.store import Store
 from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
@@ -164,7 +165,7 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
     downloads = TransferSlots(limit, timing)
     progress = ProgressWatch(store, metrics, sessions.last_activity, uploads.has, timing)
     known = await store.transact(store.db.standings)
-    runs = Runs(store, byte_counter, metrics, background, progress, participation, known, timing)
+    runs = Runs(store, byte_counter, metrics, background, progress, participation, known, timing, _retention(settings))
     ports = _bind(settings, own, gate, health, metrics, timing, stack)  # after all that may fail
     refresh = CertificateRefresh(own, store, metrics, ports.enrolment.renewed if ports.enrolment else _nothing)
     stack.push_async_callback(runs.close)
@@ -202,6 +203,12 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
         presence=presence,
         follower=follower,
     )
+
+
+def _retention(settings: Settings) -> RetentionPolicy | None:
+    if settings.keep_versions is None:
+        return None
+    return RetentionPolicy(settings.keep_versions, settings.keep_versions_every)
 
 
 async def write_activity(byte_counter: ByteCounter, sessions: Sessions, store: Store) -> None:

@@ -93,6 +93,15 @@ class Settings(ProcessSettings):
     keep_updates: bool = Field(
         False, description="Keep every counted update after its round, so that it can be replayed."
     )
+    keep_versions: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Newest adapter versions of each run that are kept, beside version 0, the best scored of the "
+        "others, and those that tickets start from; files of others are removed, their records stay. Absent: all are "
+        "kept.",
+    )
+    keep_versions_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="With --keep-versions: each version whose number this divides is kept too; 0: none."
+    )
     log_format: LogFormat = Field("auto", description="auto: console on a terminal, else JSON.")
     log_level: Level = Field("info", description="Least severity logged; debug has a line for every call.")
 
@@ -129,6 +138,15 @@ class Settings(ProcessSettings):
     def _named(cls, given: Any) -> Any:
         """Leaves out folders without a name, which would be the current one."""
         return {key: value for key, value in given.items() if not (key in _FOLDERS and value == "")}
+
+    @model_validator(mode="after")
+    def _retained(self) -> Self:
+        if self.keep_versions_every and not self.keep_versions:
+            raise ValueError(
+                f"--keep-versions-every {self.keep_versions_every} says nothing without --keep-versions: all versions "
+                "are kept; give both"
+            )
+        return self
 
     @model_validator(mode="after")
     def _certificates_or_plain(self) -> Self:

@@ -62,6 +62,7 @@ class Timing:
         certificate_check_s: Between two looks at the age of the server's certificate.
         certificate_files_check_s: Between two looks at its files: a command that replaced one is followed by others.
         storage_measure_s: Between two measurements of the stored bytes.
+        removal_delay_s: Files of versions that the retention removes stay for so long, for whoever was told of them.
         files_retry_s: Between two attempts to remove the files that could not be removed.
         tokens_kept_s: An enrolment token is listed for so long after it expired; the audit log keeps it for ever.
         tokens_purge_s: Between two removals of those.
@@ -115,6 +116,7 @@ class Timing:
     certificate_check_s: float = 60.0
     certificate_files_check_s: float = 1.0
     storage_measure_s: float = 60.0
+    removal_delay_s: float = 60.0
     files_retry_s: float = 60.0
     tokens_kept_s: float = 30 * 86_400.0
     tokens_purge_s: float = 86_400.0

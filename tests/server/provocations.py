@@ -91,6 +91,19 @@ async def no_version(world: World) -> object:
     return await client.pull(run, 1)
 
 
+async def removed_version(world: World) -> object:
+    daemon = await world.start(keep_versions=2)
+    run = (await daemon.create(config(rounds={"count": 3, "clients": 1}))).id
+    (client,) = await daemon.clients("a")
+    for number in (1, 2, 3):
+        await client.push((await client.task()).ticket, filled(1.0))
+        await daemon.until(run, lambda found, wanted=number: found.version == wanted)  # type: ignore[misc]
+    removed = daemon.server.store.db.retention.all_removed
+    while not await daemon.server.store.transact(removed):
+        await asyncio.sleep(0.01)
+    return await client.pull(run, 1)
+
+
 async def copy_left_behind(world: World) -> None:
     daemon = await world.start()
     client = daemon.client("a")
@@ -337,6 +350,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "OFFSET_OUT_OF_RANGE": update("wrong offset"),
     "RUN_NOT_FOUND": no_run,
     "VERSION_NOT_FOUND": no_version,
+    "VERSION_REMOVED": removed_version,
     "TICKET_NOT_FOUND": update("ticket there is not"),
     "CLIENT_NOT_FOUND": no_client,
     "CLIENT_MOVED": copy_left_behind,

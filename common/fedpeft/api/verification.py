@@ -168,6 +168,15 @@ class Replay:
         self._keep(record)
         shutil.rmtree(self._scratch / f"round-{record.round - 1}", ignore_errors=True)
 
+    def made(self, record: Record) -> Path | None:
+        """Returns the adapter file that the round which was folded last made again; None if it made none.
+
+        Nobody can draw noise again, and a round that goes back to an earlier version is not folded.
+        """
+        if self.noised or record.rolled_back_to is not None:
+            return None
+        return self._scratch / f"round-{record.round}" / "adapter"
+
     def _check_bound(self, record: Record) -> None:
         """Checks that a bound which adapts follows from the noised count that is recorded."""
         central = central_of(self._header.config)

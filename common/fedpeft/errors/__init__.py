@@ -24,6 +24,7 @@
     ├── NotFound
     │   ├── RunNotFound
     │   ├── VersionNotFound
+    │   │   └── VersionRemoved    its files were removed by the server's retention
     │   ├── TicketNotFound
     │   ├── ClientNotFound
     │   ├── TokenNotFound
@@ -148,6 +149,7 @@ from fedpeft.errors.existence import (
     TokenNotFound,
     UpdateDiffers,
     VersionNotFound,
+    VersionRemoved,
 )
 from fedpeft.errors.faults import (
     BlobCorrupt,
@@ -303,6 +305,7 @@ __all__ = [
     "UploadIncomplete",
     "VersionBeingMade",
     "VersionNotFound",
+    "VersionRemoved",
     "of_reason",
     "of_status",
     "tree",

@@ -19,6 +19,10 @@ class VersionNotFound(NotFound):
     """The run has no such adapter version."""
 
 
+class VersionRemoved(VersionNotFound):
+    """The files of the adapter version were removed by the server's retention; its record is there."""
+
+
 class TicketNotFound(NotFound):
     """No ticket of that id."""
 

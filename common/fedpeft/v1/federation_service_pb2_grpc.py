@@ -286,6 +286,7 @@ class FederationServiceServicer:
         INVALID_ARGUMENT     DIGEST_INVALID       `have_sha256` is neither empty nor 32 bytes
         FAILED_PRECONDITION  NOT_REGISTERED       Register first
         NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
+        NOT_FOUND            VERSION_REMOVED      the server's retention removed its files: never while a ticket that is out starts from it
         OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  beyond the end of the payload
         RESOURCE_EXHAUSTED   TRANSFERS_BUSY       no turn came within 20 seconds; who asks again within 5 keeps its place
         ABORTED              TURN_OVER            others wait, or a newer pull of the client took its turn; continue at the first byte missing

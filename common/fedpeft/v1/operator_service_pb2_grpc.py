@@ -224,6 +224,7 @@ class OperatorServiceServicer:
         version, the number of the round in progress, with a record that says so. That round is over, and its tickets are REFUSED.
         Versions and records in between stay as they are. A run that went back to that version last stays as it is.
         NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND   there is none, or it is the newest
+        NOT_FOUND            VERSION_REMOVED      the server's retention removed its files; the message names those that are there
         FAILED_PRECONDITION  RUN_FINISHED         completed or stopped: an earlier version can be downloaded
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -241,7 +242,7 @@ class OperatorServiceServicer:
 
     def DownloadAdapter(self, request, context):
         """DownloadAdapter sends an adapter version as the safetensors file that is stored: a header, then chunks from `offset` on.
-        NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
+        NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND, VERSION_REMOVED
         OUT_OF_RANGE         OFFSET_OUT_OF_RANGE
         DATA_LOSS            BLOB_CORRUPT         what is stored does not have the recorded digest
         UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing

@@ -85,6 +85,7 @@ class OperatorServiceStub:
     version, the number of the round in progress, with a record that says so. That round is over, and its tickets are REFUSED.
     Versions and records in between stay as they are. A run that went back to that version last stays as it is.
       NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND   there is none, or it is the newest
+      NOT_FOUND            VERSION_REMOVED      the server's retention removed its files; the message names those that are there
       FAILED_PRECONDITION  RUN_FINISHED         completed or stopped: an earlier version can be downloaded
     """
     DeleteRun: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.DeleteRunRequest, _operator_service_pb2.DeleteRunResponse]
@@ -94,7 +95,7 @@ class OperatorServiceStub:
     """
     DownloadAdapter: _aio.UnaryStreamMultiCallable[_operator_service_pb2.DownloadAdapterRequest, _operator_service_pb2.DownloadAdapterResponse]
     """DownloadAdapter sends an adapter version as the safetensors file that is stored: a header, then chunks from `offset` on.
-      NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
+      NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND, VERSION_REMOVED
       OUT_OF_RANGE         OFFSET_OUT_OF_RANGE
       DATA_LOSS            BLOB_CORRUPT         what is stored does not have the recorded digest
       UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing
@@ -236,6 +237,7 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         version, the number of the round in progress, with a record that says so. That round is over, and its tickets are REFUSED.
         Versions and records in between stay as they are. A run that went back to that version last stays as it is.
           NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND   there is none, or it is the newest
+          NOT_FOUND            VERSION_REMOVED      the server's retention removed its files; the message names those that are there
           FAILED_PRECONDITION  RUN_FINISHED         completed or stopped: an earlier version can be downloaded
         """
 
@@ -257,7 +259,7 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_operator_service_pb2.DownloadAdapterRequest, _abc.AsyncIterator[_operator_service_pb2.DownloadAdapterResponse]],
     ) -> _abc.AsyncIterator[_operator_service_pb2.DownloadAdapterResponse]:
         """DownloadAdapter sends an adapter version as the safetensors file that is stored: a header, then chunks from `offset` on.
-          NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND
+          NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND, VERSION_REMOVED
           OUT_OF_RANGE         OFFSET_OUT_OF_RANGE
           DATA_LOSS            BLOB_CORRUPT         what is stored does not have the recorded digest
           UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing

@@ -1,10 +1,11 @@
 """Copying a server's data while it works.
 
 The database is copied first, at one moment; then the files that this copy names. Versions and states never change, and
-stay where they are unless their run is deleted. Updates go once their round is committed, so each whole one in the
-spool is pinned by a second name before the database is copied, and again after it: whatever the copy names was there
-at one of these two moments, unless it came and went in between. Then, as where a run was deleted meanwhile, something
-is missing, and the database is copied again, which does not name it any more.
+stay where they are unless their run is deleted, or the retention removes them. Updates go once their round is
+committed, so each whole one in the spool is pinned by a second name before the database is copied, and again after it:
+whatever the copy names was there at one of these two moments, unless it came and went in between. Then, as where a run
+was deleted meanwhile or versions were removed, something is missing, and the database is copied again, which does not
+name it any more.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from fedpeft_server.backups.manifest import Copied, Manifest
 from fedpeft_server.checks import database as checked_database
 from fedpeft_server.checks.data import database_url
 from fedpeft_server.checks.findings import Report
-from fedpeft_server.checks.runs import version_files
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.blobs.blobs import CHUNK_BYTES, Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.queries import whole
+from fedpeft_server.store.store import version_files
 from fedpeft_server.store.update_store import update_key
 
 ATTEMPTS = 5
@@ -135,7 +136,7 @@ class Backup:
             for run in whole.select_runs(connection):
                 for version in whole.select_versions(connection, run):
                     for _, key, sha256 in version_files(version):
-                        if self._blobs is not None:
+                        if self._blobs is not None and version.has_files:
                             yield Named(f"blobs/{key}", sha256, ((self._blobs, key),))
             wanted = {ticket: sha256 for _, _, ticket, sha256 in whole.select_wanted(connection)}
         for ticket, sha256 in wanted.items():

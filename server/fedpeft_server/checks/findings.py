@@ -89,6 +89,8 @@ class Report:
         """The last line: what was looked at, and how many findings there are."""
         kinds = ("run", "version", "state", "update", "record", "audit entry")
         looked = ", ".join(_counted(self.looked_at[kind], kind) for kind in kinds)
+        if removed := self.looked_at["removed version"]:
+            looked += f", {counted(removed, 'version')} that the retention removed"
         faults, notes = (self.number(level) for level in (Level.FAULT, Level.NOTE))
         return f"checked {looked}: {counted(faults, 'fault')}, {counted(notes, 'note')}"
 

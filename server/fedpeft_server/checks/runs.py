@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from fedpeft.api.verification import check_records
 from fedpeft.errors import BlobCorrupt, FedpeftError
@@ -11,8 +11,8 @@ from fedpeft_server.checks.findings import Report
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.queries import whole
-from fedpeft_server.store.rows import RunRow, VersionRow
-from fedpeft_server.store.store import state_key, version_key
+from fedpeft_server.store.rows import Retention, RunRow, VersionRow
+from fedpeft_server.store.store import version_files
 
 RESTORE_DATABASE = "restore the database from a backup"
 RESTORE = "restore it from a backup"
@@ -32,8 +32,12 @@ def check_run(run: RunRow, database: Database, blobs: Blobs, report: Report) -> 
     for version in versions:
         if 0 < version.version <= len(chain):
             _compare(version, chain[version.version - 1], report)
-        _check_files(run, version, blobs, report)
-    return {key for version in versions for _, key, _ in version_files(version)}
+        if version.has_files:
+            _check_files(run, version, blobs, report)
+        else:
+            report.looked_at["removed version"] += 1
+    there = [version for version in versions if version.retention is not Retention.REMOVED]
+    return {key for version in there for _, key, _ in version_files(version)}
 
 
 def _check_records(run: RunRow, records: Sequence[tuple[int, str, str]], report: Report) -> list[Record]:
@@ -52,14 +56,6 @@ def _compare(version: VersionRow, record: Record, report: Report) -> None:
     if (version.sha256, version.state_sha256) != recorded:
         name = f"{version.run} version {version.version}"
         report.fault(name, "its row and its record name other digests", RESTORE_DATABASE)
-
-
-def version_files(version: VersionRow) -> Iterator[tuple[str, str, str]]:
-    """Yields kind, key and digest of the files of a version."""
-    place = version.run, version.version, version.source, version.draw
-    yield "version", version_key(*place), version.sha256
-    if version.state_sha256:
-        yield "state", state_key(*place), version.state_sha256
 
 
 def _check_files(run: RunRow, version: VersionRow, blobs: Blobs, report: Report) -> None:

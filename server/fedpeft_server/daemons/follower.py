@@ -86,6 +86,7 @@ class Follower:
             Topic.IDENTITY: self._follow_identities,
             Topic.SCORED: self._follow_scores,
             Topic.EVALUATOR: self._follow_evaluators,
+            Topic.REMOVED: self._follow_removals,
         }
 
     def began(self) -> None:
@@ -209,6 +210,14 @@ class Follower:
             self._runs.scoring.reread(evaluator)
             for run in self._runs.scoring.runs_of(evaluator):
                 self._runs.watchers.announce(run)
+
+    async def _follow_removals(self, keys: Sequence[Any]) -> None:
+        versions: dict[str, list[int]] = {}
+        for run, version in keys:
+            versions.setdefault(run, []).append(version)
+        for run, removed in versions.items():
+            self._runs.note_removed(run, removed)
+            await self._store.fold(self._store.download_cache.forget_versions, run, removed)
 
 
 def _merged(notices: Sequence[Notice]) -> Iterator[tuple[Topic, list[Any]]]:

@@ -231,7 +231,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         known = self._store.download_cache.known(run.id, version)
         if known:
             return known
-        row = await self._store.transact(self._store.db.version, run.id, version)
+        row = await self._store.transact(self._store.db.retention.version, run.id, version)
         key = version_key(run.id, version, row.source, row.draw)
         return await self._store.version(self._store.download_cache.encoded, run, row, key)
 

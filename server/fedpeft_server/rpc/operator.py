@@ -201,7 +201,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         """Sends an adapter version as the file that is stored."""
         engine = await self._runs.with_version(request.run, request.version)
         number = request.version if request.HasField("version") else engine.run.version
-        row = await self._store.transact(self._store.db.version, engine.run.id, number)
+        row = await self._store.transact(self._store.db.retention.version, engine.run.id, number)
         key = version_key(engine.run.id, number, row.source, row.draw)
         async with engine.noting_corruption(number), self._store.opened(self._checked, key, row) as file:
             if request.offset > row.size_bytes:

@@ -58,6 +58,7 @@ class RunEngine:
         issued: Told the run and the tickets that are given out.
         changed: Called after every transition, so that other runs and watchers look again.
         timing: Pauses before a deadline or a fold that the database did not allow is tried again.
+        versioned: Called once a version was made here.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class RunEngine:
         issued: Callable[[str, Sequence[Ticket]], None],
         changed: Callable[[RunEngine], None],
         timing: Timing,
+        versioned: Callable[[str], None] = lambda run: None,
     ) -> None:
         self.opened = 0.0
         self.actor = RunActor(run, current, store, byte_counter, self._entered)
@@ -85,6 +87,7 @@ class RunEngine:
         self._background = background
         self._issued = issued
         self._changed = changed
+        self._versioned = versioned
         self._timing = timing
         self._waiting: list[Receipt] = []
         self._moved = asyncio.Event()  # set at the next change of the run
@@ -248,10 +251,15 @@ class RunEngine:
 
     @asynccontextmanager
     async def noting_corruption(self, version: int) -> AsyncIterator[None]:
-        """Records in the block that the file of a version is missing or corrupt; pauses the run if it is the newest."""
+        """Records in the block that the file of a version is missing or corrupt; pauses the run if it is the newest.
+
+        Raises:
+            VersionRemoved: If the retention has removed it meanwhile.
+        """
         try:
             yield
         except BlobCorrupt as error:
+            await self._store.transact(self._store.db.retention.version, self.run.id, version)
             with self._background.attempt("files", self.run.id):
                 await self._note_corrupt(version, error)
             raise
@@ -304,6 +312,7 @@ class RunEngine:
         Raises:
             RunFinished: If the run is completed or stopped.
             VersionNotFound: If there is no such version, or it is the newest.
+            VersionRemoved: If the retention has removed it.
         """
         await self._folding.idle()  # its version comes before, as a rule
 
@@ -325,7 +334,7 @@ class RunEngine:
             return None
         if to >= version:
             raise VersionNotFound(f"{run} is at version {version}; it can go back to an earlier one, not to {to}")
-        source = await self._store.transact(db.version, run, to)
+        source = await self._store.transact(db.retention.version, run, to)
         base = await self._store.transact(db.version, run, version)
         previous = await self._store.transact(db.record_sha256, run, version)
         number = changes.round.number
@@ -349,6 +358,8 @@ class RunEngine:
         self._participation.put_conducts(run.id, conducts)
         if follow.committed:
             self._byte_counter.round_committed(run.id, run.version)
+            if here:
+                self._versioned(run.id)
         self._arm_timer()
         if follow.issued:
             self.opened = time.time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 
 import structlog
@@ -28,11 +28,13 @@ from fedpeft_server.runs.progress_watch import ProgressWatch
 from fedpeft_server.runs.scoring import Scoring
 from fedpeft_server.runs.ticket_index import TicketIndex
 from fedpeft_server.runs.waiting import NAMED, Reasons, awaited
+from fedpeft_server.store.retention import RetentionPolicy
 from fedpeft_server.store.rows import AnswerRow, AuditEvent, GaugeSnapshot, RunRow, RunState, VersionRow
 from fedpeft_server.store.store import Store, creation_key
 from fedpeft_server.tasks import TaskSet, shielded
 from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
+from fedpeft_server.version_removal import VersionRemoval
 from fedpeft_server.watchers import Watchers
 
 log = structlog.get_logger()
@@ -53,6 +55,7 @@ class Runs:
         participation: Answers of clients to the offers of runs.
         known: The runs of the database, each with its round in progress; `start` takes them up.
         timing: Pauses between looks at the lobby, and before another attempt at a failed transition.
+        retention: The versions whose files are kept; None: all.
 
     Attributes:
         participation: Answers of clients to the offers of runs.
@@ -74,6 +77,7 @@ class Runs:
         participation: Participation,
         known: Iterable[tuple[RunRow, Round]],
         timing: Timing,
+        retention: RetentionPolicy | None = None,
     ) -> None:
         self.participation = participation
         self.progress = progress
@@ -85,6 +89,7 @@ class Runs:
         self._metrics = metrics
         self._background = background
         self._timing = timing
+        self._removal = VersionRemoval(store, retention, background, self.note_removed, timing)
         self._engines: dict[str, RunEngine] = {}
         self._active: dict[str, RunEngine] = {}  # those with rounds left, oldest first: finished ones stay for months
         self._tickets = TicketIndex()  # of the active runs
@@ -106,6 +111,7 @@ class Runs:
         await self._store.compute(self._store.sweep, self._engines, held)
         for engine in self._engines.values():
             await self._start(engine)
+        await self._removal.begin(self._engines)
         self.matching.begin()
         self._background.every("progress", self._timing.progress_check_s, self._look_at_progress)
 
@@ -373,6 +379,12 @@ class Runs:
         found = self.progress.awaited(engine, NAMED)
         return awaited(*facts, {client: verdict.words for client, _, verdict in found if not verdict.is_well})
 
+    def note_removed(self, run_id: str, versions: Collection[int]) -> None:
+        """Notes that the files of versions are about to be removed: nobody is to score them any more."""
+        self.scoring.note_removed(run_id, versions)
+        if (engine := self.find(run_id)) is not None:
+            self.show_backlog(engine)
+
     def show_backlog(self, engine: RunEngine) -> None:
         """Shows how many versions of a run are still to be scored by whoever scores them, unless that is unknown."""
         if (backlog := self.scoring.backlog(engine.run)) is not None:
@@ -433,7 +445,7 @@ class Runs:
 
     def _engine(self, run: RunRow, current: Round) -> RunEngine:
         parts = (self._store, self.lobby, self.participation, self._byte_counter, self._metrics, self._background)
-        return RunEngine(run, current, *parts, self.progress.issued, self._changed, self._timing)
+        return RunEngine(run, current, *parts, self.progress.issued, self._changed, self._timing, self._removal.look)
 
     async def _take_up(self, engine: RunEngine) -> None:
         """Takes up a run that another daemon made."""

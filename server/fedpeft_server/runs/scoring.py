@@ -28,9 +28,9 @@ class _Book:
     scored: int = 0
     failed: dict[int, str] = field(default_factory=dict)
 
-    def missing(self, version: int) -> int:
-        """Returns the versions up to `version` that it is still to score, as bits."""
-        done = self.scored
+    def missing(self, version: int, removed: int = 0) -> int:
+        """Returns the versions up to `version` that it is still to score, as bits; `removed` are not there."""
+        done = self.scored | removed
         for number in self.failed:
             done |= 1 << number
         return ((1 << (version + 1)) - 1) & ~done
@@ -50,9 +50,9 @@ class _Work:
     missing: dict[str, int] = field(default_factory=dict)
     aside: set[str] = field(default_factory=set)
 
-    def look(self, run: str, version: int) -> None:
-        """Finds anew what is missing of a run whose newest version is given."""
-        missing = self.books.get(run, _Book()).missing(version)
+    def look(self, run: str, version: int, removed: int) -> None:
+        """Finds anew what is missing of a run whose newest version is given, and those that are not there."""
+        missing = self.books.get(run, _Book()).missing(version, removed)
         self.aside.discard(run)
         self.missing.pop(run, None)
         if missing:
@@ -94,6 +94,7 @@ class Scoring:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._versions: dict[str, int] = {}  # the newest, by run
+        self._removed: dict[str, int] = defaultdict(int)  # versions without files, as bits, by run
         self._work: dict[str, _Work] = {}  # by evaluator
         self._reading: dict[str, asyncio.Task[_Work]] = {}  # by evaluator whose work is being read
         self._outdated: set[str] = set()  # those of which another daemon has news meanwhile
@@ -105,7 +106,7 @@ class Scoring:
             return
         self._versions[run.id] = run.version
         for work in self._work.values():
-            work.look(run.id, run.version)
+            work.look(run.id, run.version, self._removed[run.id])
 
     def takes_part(self, run: str, evaluator: str) -> None:
         """Notes that an evaluator scores the versions of a run."""
@@ -140,7 +141,7 @@ class Scoring:
 
     async def _progress(self, run: RunRow, evaluator: str) -> EvaluatorProgress:
         book = (await self._known(evaluator)).books.get(run.id, _Book())
-        missing = book.missing(run.version)
+        missing = book.missing(run.version, self._removed[run.id])
         failed = sorted(book.failed.items(), reverse=True)[:SHOWN]
         return EvaluatorProgress(
             evaluator,
@@ -156,7 +157,9 @@ class Scoring:
         known = [
             self._work[evaluator].books.get(run.id, _Book()) for evaluator in evaluators if evaluator in self._work
         ]
-        return max((book.missing(run.version).bit_count() for book in known), default=None if evaluators else 0)
+        removed = self._removed[run.id]
+        counts = (book.missing(run.version, removed).bit_count() for book in known)
+        return max(counts, default=None if evaluators else 0)
 
     async def scored(self, run: str, evaluator: str, version: int) -> None:
         """Notes that the figures of a version are in the database."""
@@ -200,6 +203,13 @@ class Scoring:
         book.failed.pop(version, None)
         self._look(run, evaluator)
 
+    def note_removed(self, run: str, versions: Iterable[int]) -> None:
+        """Notes that versions are not there any more, and need not be scored."""
+        if run in self._versions:
+            self._removed[run] |= _bits(versions)
+            for evaluator in list(self._work):
+                self._look(run, evaluator)
+
     def reread(self, evaluator: str) -> None:
         """Has the work of an evaluator read again before it is used."""
         self._work.pop(evaluator, None)
@@ -219,6 +229,7 @@ class Scoring:
         """Forgets what is kept of a run that was deleted."""
         self._versions.pop(run, None)
         self._evaluators.pop(run, None)
+        self._removed.pop(run, None)
         for work in self._work.values():
             work.forget(run)
 
@@ -226,7 +237,7 @@ class Scoring:
         """Finds anew what is missing of a run for an evaluator, if its work is known."""
         work, version = self._work.get(evaluator), self._versions.get(run)
         if work is not None and version is not None:
-            work.look(run, version)
+            work.look(run, version, self._removed[run])
 
     async def _known(self, evaluator: str) -> _Work:
         """Returns the work of an evaluator. Calls that come while it is read wait for the same reading.
@@ -241,11 +252,15 @@ class Scoring:
 
     async def _read(self, evaluator: str) -> _Work:
         try:
-            work = _Work(await self._store.read(_books, self._store.db, evaluator))
+            books, removed = await self._store.read(_books, self._store.db, evaluator)
+            work = _Work(books)
+            for run, bits in removed.items():
+                if run in self._versions:
+                    self._removed[run] |= bits
             for run in work.books.keys() - self._versions:  # deleted meanwhile
                 work.forget(run)
             for run, version in self._versions.items():
-                work.look(run, version)
+                work.look(run, version, self._removed[run])
             if evaluator not in self._outdated:
                 self._work[evaluator] = work
             return work
@@ -254,8 +269,8 @@ class Scoring:
             del self._reading[evaluator]
 
 
-def _books(db: Database, evaluator: str) -> dict[str, _Book]:
-    """Reads what an evaluator scored and could not score, by run."""
+def _books(db: Database, evaluator: str) -> tuple[dict[str, _Book], dict[str, int]]:
+    """Reads what an evaluator scored and could not score, by run, and the versions that are not there, as bits."""
     scored, failed = db.evaluations_by(evaluator)
     books: dict[str, _Book] = defaultdict(_Book)
     versions: dict[str, list[int]] = defaultdict(list)
@@ -265,7 +280,10 @@ def _books(db: Database, evaluator: str) -> dict[str, _Book]:
         books[run].scored = _bits(numbers)
     for run, version, reason in failed:
         books[run].failed[version] = reason
-    return dict(books)
+    removed: dict[str, list[int]] = defaultdict(list)
+    for run, version in db.retention.all_removed():
+        removed[run].append(version)
+    return dict(books), {run: _bits(numbers) for run, numbers in removed.items()}
 
 
 def _bits(numbers: Iterable[int]) -> int:

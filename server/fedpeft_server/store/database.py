@@ -38,6 +38,7 @@ from fedpeft_server.store.queries import (
 )
 from fedpeft_server.store.queries.figures import Pending
 from fedpeft_server.store.queries.past import Taken
+from fedpeft_server.store.retention import VersionRetention
 from fedpeft_server.store.rows import (
     AnswerRow,
     AuditEvent,
@@ -77,12 +78,14 @@ class Database:
     Attributes:
         transactions: Its transactions; the audit log is read from it.
         identities: The part that says who may speak.
+        retention: The part that says which versions have files.
     """
 
     def __init__(self, url_or_engine: str | Engine, timing: Timing) -> None:
         engine = connect(url_or_engine, timing) if isinstance(url_or_engine, str) else url_or_engine
         self.transactions = Transactions(engine, timing)
         self.identities = Identities(self.transactions)
+        self.retention = VersionRetention(self.transactions)
         self._transaction = self.transactions.begin
         self._tell = self.transactions.notices.tell
         self._reading = self.transactions.read

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from enum import StrEnum
+from typing import Any, ClassVar
 
 from fedpeft.adapters.payload import Manifest
 from fedpeft.adapters.spec import AdapterSpec
@@ -55,12 +56,25 @@ class RunRow:
     revision: int = 0
 
 
+class Retention(StrEnum):
+    """State of a version's files."""
+
+    KEPT = ""
+    """There, and not decided on yet, or kept for good."""
+    HELD = "held"
+    """There for a reason that may pass: it is the best, or a ticket starts from it."""
+    REMOVING = "removing"
+    """About to be removed; nobody is given the version any more."""
+    REMOVED = "removed"
+    """Removed; the row and the round's record stay."""
+
+
 @dataclass(frozen=True, slots=True)
 class VersionRow:
     """A stored adapter version. Digests are hexadecimal; `state_sha256` is empty if the strategy keeps no state.
 
     `source` is the earlier version that a rollback made it of; None for all others. `draw` names the file of a fold
-    that drew noise; empty for all others.
+    that drew noise; empty for all others. `retention` says whether its files are there.
     """
 
     run: str
@@ -71,6 +85,17 @@ class VersionRow:
     created_at: float
     source: int | None = None
     draw: str = ""
+    retention: Retention = Retention.KEPT
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> VersionRow:
+        """Returns the version of a row of the table."""
+        return cls(**{**row, "retention": Retention(row["retention"])})
+
+    @property
+    def has_files(self) -> bool:
+        """True if its files are there, and are not about to be removed."""
+        return self.retention in (Retention.KEPT, Retention.HELD)
 
 
 @dataclass(frozen=True, slots=True)

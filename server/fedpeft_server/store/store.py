@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -367,6 +367,14 @@ def version_prefix(run_id: str, version: int) -> str:
 def state_prefix(run_id: str, version: int) -> str:
     """Returns the same for the strategy's state."""
     return f"runs/{run_id}/state/{version:06}"
+
+
+def version_files(version: VersionRow) -> Iterator[tuple[str, str, str]]:
+    """Yields kind, key and digest of the files of a version."""
+    place = version.run, version.version, version.source, version.draw
+    yield "version", version_key(*place), version.sha256
+    if version.state_sha256:
+        yield "state", state_key(*place), version.state_sha256
 
 
 def _suffix(source: int | None, draw: str) -> str:

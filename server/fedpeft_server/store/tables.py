@@ -53,6 +53,8 @@ runs = Table(
     Column("request_digest", String(64), nullable=False),
     # Number of transitions so far; each is written only where it is the one that it began at.
     Column("revision", BigInteger, nullable=False, server_default="0"),
+    # The first version on which no retention has decided yet.
+    Column("retained_from", Integer, nullable=False, server_default="1"),
 )
 
 # The daemon that folds the rounds of a run, until a time on the database's clock; whoever takes it raises the epoch.
@@ -78,6 +80,9 @@ versions = Table(
     Column("source", Integer, nullable=True),
     # Names the file of a fold that drew noise; empty where a round is folded to the same bytes every time.
     Column("draw", String(16), nullable=False, server_default=""),
+    # `rows.Retention`; empty where nothing was decided, or the version is kept.
+    Column("retention", String(8), nullable=False, server_default=""),
+    Index("ix_versions_retention_run_version", "retention", "run", "version"),
 )
 
 rounds = Table(

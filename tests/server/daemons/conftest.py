@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,8 +45,13 @@ class Federation:
 
 
 @pytest.fixture
-async def federation(start: StartDaemon, tmp_path: Path, migrated_postgresql_url: str, s3: str) -> Federation:
-    places = {"database": migrated_postgresql_url, "blobs": f"{s3}/versions", "updates": f"{s3}/updates"}
+async def federation(
+    start: StartDaemon, tmp_path: Path, migrated_postgresql_url: str, s3: str, request: pytest.FixtureRequest
+) -> Federation:
+    """Three daemons; those of a test with the mark `settings` with these besides."""
+    marks = request.node.iter_markers("settings")
+    others: dict[str, Any] = {name: value for mark in marks for name, value in mark.kwargs.items()}
+    places = {**others, "database": migrated_postgresql_url, "blobs": f"{s3}/versions", "updates": f"{s3}/updates"}
     daemons = [await start(tmp_path / f"daemon-{number}", **places) for number in range(3)]
     federation = Federation(daemons)
     await federation.until(lambda daemon: len(daemon.server.presence.others) == 2)

@@ -16,6 +16,7 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server.store.rows import AuditEvent
+from fedpeft_server.store.store import version_key
 
 from ..conftest import SPEC, Daemon, config, filled, header, refused, zeros
 from .conftest import Federation, task
@@ -215,3 +216,46 @@ async def test_how_far_clients_are_and_what_they_sent_is_shown_alike_by_every_da
         assert value("fedpeft_registered_clients", {"role": "trainer", "state": "present"}) == 2
         assert value("fedpeft_clients", {"run": run.id, "state": "received"}) == 1
     assert len(set(sums)) == 1 and sums[0][0] > 4 * SPEC.parameters
+
+
+@pytest.mark.settings(keep_versions=2)
+@pytest.mark.timed(removal_delay_s=0.02)
+async def test_versions_that_one_daemon_removes_are_refused_and_given_to_score_by_none(federation: Federation) -> None:
+    one = federation.daemons[0]
+    run = (await one.create(config(rounds={"count": 6, "clients": 1}))).id
+    (client,), judge = await federation.clients("a"), federation.client("judge")
+    await judge[1].register(fed.CLIENT_ROLE_EVALUATOR)
+    seen = []
+    for number in range(1, 7):
+        await client[number % 3].push((await task(client[number % 3])).ticket, filled(0.1))
+        await federation.until(lambda daemon, wanted=number: version(daemon, run) == wanted)  # type: ignore[misc]
+        if number == 2:
+            seen.append((await judge[1].wait()).evaluation.version)
+            assert (await judge[1].pull(run, 1))[1], "the second daemon has it at hand"
+    store = one.server.store
+    async with asyncio.timeout(10):
+        while len(await asyncio.to_thread(list, store.blobs.keys(f"runs/{run}/versions"))) > 3:
+            await asyncio.sleep(0.02)
+    for calls in judge:
+        assert await refused(calls.pull(run, 1)) == "VERSION_REMOVED"
+    await federation.until(lambda daemon: daemon.server.runs.scoring._removed[run] == 0b11110)
+    for _ in range(3):
+        seen.append((await judge[1].wait()).evaluation.version)
+        request = fed.PushEvaluationRequest(run=run, version=seen[-1], metrics={"accuracy": 0.5})
+        await judge[2].stub.PushEvaluation(request, metadata=judge[2].metadata)
+        await federation.until(lambda daemon, of=seen[-1]: not is_missing(daemon, run, of))  # type: ignore[misc]
+    assert seen == [2, 6, 5, 0]
+    assert await asyncio.to_thread(lambda: sorted(store.blobs.keys(f"runs/{run}/versions"))) == [
+        version_key(run, number) for number in (0, 5, 6)
+    ]
+
+
+def version(daemon: Daemon, run: str) -> int:
+    engine = daemon.server.runs.find(run)
+    return engine.run.version if engine else -1
+
+
+def is_missing(daemon: Daemon, run: str, of: int) -> bool:
+    """Returns True if a daemon that knows what the evaluator scored would give it a version."""
+    work = daemon.server.runs.scoring._work.get("judge")
+    return work is not None and work.missing.get(run) == of

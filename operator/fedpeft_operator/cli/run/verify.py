@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedpeft.api import views
-from fedpeft.errors import BlobCorrupt, SettingsInvalid
+from fedpeft.errors import BlobCorrupt, SettingsInvalid, StateInvalid, VersionRemoved
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import OF_NAMED, epilog
 from fedpeft_operator.cli.session import Session, run_async, session_of
@@ -75,10 +76,11 @@ async def verified(session: Session, run: str, spool: Path | None, say: Callable
             if records:
                 await _download(server, run, 0, records[0].base_sha256, base)
             for record in records:
+                there = True
                 if record.rolled_back_to is not None:
-                    await _check_rollback(server, header, records, record, Path(scratch))
-                base = await _check(server, record, base, replay)
-                say(f"round {record.round}: {_agreement(replay)}")
+                    there = await _check_rollback(server, header, records, record, Path(scratch))
+                base, found_there = await _check(server, record, base, replay)
+                say(f"round {record.round}: {_agreement(replay, there=there and found_there)}")
     return {
         "run": run,
         "rounds": [_row(record, r.record_sha256, spool is not None) for record, r in zip(records, rounds, strict=True)],
@@ -86,36 +88,60 @@ async def verified(session: Session, run: str, spool: Path | None, say: Callable
     }
 
 
-def _agreement(replay: Replay | None) -> str:
-    """Returns what was found to agree of a round, which nothing else was found of."""
+def _agreement(replay: Replay | None, *, there: bool) -> str:
+    """Returns what was found to agree of a round, which nothing else was found of; `there` are its versions."""
+    if not there:
+        return f"record {'and replay agree' if replay else 'agrees'}; a version was removed by the server's retention"
     if replay is None:
         return "record and version agree"
     noise = ", up to the noise, which nobody can draw again" if replay.noised else ""
     return f"record, version and replay agree{noise}"
 
 
-async def _check(server: OperatorClient, record: Record, base: Path, replay: Replay | None) -> Path:
-    """Checks the version of a round; returns its file, for the next one."""
-    version = base.with_name(f"version-{record.round}")
-    await _download(server, record.run, record.round, record.adapter_sha256, version)
+async def _check(server: OperatorClient, record: Record, base: Path, replay: Replay | None) -> tuple[Path, bool]:
+    """Checks the version of a round; returns its file, for the next one, and False if the server has it no more.
+
+    Raises:
+        StateInvalid: If the server has the version no more from which the round is to be folded again, and it cannot be
+            made again.
+    """
+    version, there = base.with_name(f"version-{record.round}"), True
+    try:
+        await _download(server, record.run, record.round, record.adapter_sha256, version)
+    except VersionRemoved:
+        there = False
     if replay:
+        if record.rolled_back_to is None and not await asyncio.to_thread(base.exists):
+            raise StateInvalid(
+                f"round {record.round} cannot be folded again: version {record.round - 1}, from which it starts, was "
+                "removed by the server's retention, and cannot be made again; verify without --spool"
+            )
         await asyncio.to_thread(replay.fold, record, base)
-    await asyncio.to_thread(base.unlink)
-    return version
+        if not there and (made := replay.made(record)):
+            await asyncio.to_thread(shutil.copyfile, made, version)
+    await asyncio.to_thread(base.unlink, missing_ok=True)
+    return version, there
 
 
 async def _check_rollback(
     server: OperatorClient, header: RunHeader, records: Sequence[Record], record: Record, scratch: Path
-) -> None:
-    """Checks that a round which went back to an earlier version made a version of its tensors."""
+) -> bool:
+    """Checks that a round which went back to an earlier version made a version of its tensors.
+
+    Returns False if the server has the earlier one no more.
+    """
     from fedpeft.api.verification import check_rollback
     from fedpeft.rounds.commit import Stored
 
     to, path = record.rolled_back_to or 0, scratch / "earlier"
     sha256 = records[to - 1].adapter_sha256 if to else records[0].base_sha256
-    await _download(server, record.run, to, sha256, path)
+    try:
+        await _download(server, record.run, to, sha256, path)
+    except VersionRemoved:
+        return False
     await asyncio.to_thread(check_rollback, header, record, Stored(path, sha256), scratch)
     await asyncio.to_thread(path.unlink)
+    return True
 
 
 async def _download(server: OperatorClient, run: str, version: int, sha256: str, path: Path) -> None:

@@ -9,7 +9,7 @@ import errno
 import hashlib
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -234,6 +234,18 @@ class Blobs:
         """Yields the bytes of a blob as they are stored."""
         with self._translated("reading", key):
             yield from map(bytes, obstore.get(self._store, key).stream(CHUNK_BYTES))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Deletes blobs; those there are none of included."""
+        if self._root is not None:
+            for key in keys:
+                with store_refusals(f"deleting {self._root / key}"):
+                    (self._root / key).unlink(missing_ok=True)
+            return
+        with self._translated("deleting", keys[0] if keys else ""):
+            obstore.delete(self._store, list(keys))
+        for key in keys:
+            self._cache.forget(key)
 
     def delete_prefix(self, prefix: str) -> None:
         """Deletes every blob whose key begins with a folder, such as `runs/RUN/`; those there are none of included."""

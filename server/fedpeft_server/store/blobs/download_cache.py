@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -180,12 +180,21 @@ class DownloadCache:
     def keep_from(self, run_id: str, version: int) -> None:
         """Forgets the versions of a run before `version`; one in use goes after its use."""
         with self._lock:
-            for place in [p for p in (*self._encoded, *self._uses) if p[0] == run_id and p[1] < version]:
-                if place in self._uses:
-                    self._uses[place].forgotten = True
-                else:
-                    self._drop(place)
-            self._remove_unwanted()
+            self._forget([p for p in (*self._encoded, *self._uses) if p[0] == run_id and p[1] < version])
+
+    def forget_versions(self, run_id: str, versions: Iterable[int]) -> None:
+        """Forgets versions of a run; one in use goes after its use."""
+        places = {(run_id, version) for version in versions}
+        with self._lock:
+            self._forget([place for place in places if place in self._encoded or place in self._uses])
+
+    def _forget(self, places: Iterable[_Place]) -> None:
+        for place in places:
+            if place in self._uses:
+                self._uses[place].forgotten = True
+            else:
+                self._drop(place)
+        self._remove_unwanted()
 
     def forget(self, run_id: str) -> None:
         """Forgets all versions of a run."""

@@ -39,6 +39,8 @@ class Topic(StrEnum):
     """An evaluator scored a version: [run, version, evaluator, split]."""
     EVALUATOR = "evaluator"
     """An evaluator cannot score a version: the evaluator's id."""
+    REMOVED = "removed"
+    """The files of a version are about to be removed: [run, version]."""
     HELLO = "hello"
     """A daemon wants to know who waits with the one whose id this is."""
     ALIVE = "alive"

@@ -140,9 +140,7 @@ def select_version(connection: Connection, run: str, version: int) -> VersionRow
         if not existing(connection, [run]):
             raise RunNotFound(f"there is no run {run}")
         raise VersionNotFound(f"run {run} has no adapter version {version}")
-    return VersionRow(
-        row.run, row.version, row.sha256, row.size_bytes, row.state_sha256, row.created_at, row.source, row.draw
-    )
+    return VersionRow.of(row._asdict())
 
 
 def put_evaluation(

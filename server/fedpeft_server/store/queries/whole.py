@@ -21,7 +21,7 @@ def select_versions(connection: Connection, run: str) -> list[VersionRow]:
     """Returns all versions of a run, oldest first."""
     t = tables.versions
     rows = connection.execute(select(t).where(t.c.run == run).order_by(t.c.version))
-    return [VersionRow(**row._mapping) for row in rows]
+    return [VersionRow.of(row._asdict()) for row in rows]
 
 
 def select_records(connection: Connection, run: str) -> list[tuple[int, str, str]]:
