@@ -29,6 +29,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version as installed_version
 
 from fedpeft import PROTOCOL
@@ -82,7 +83,7 @@ from fedpeft_client.uplink.training_progress import TrainingProgress
 from fedpeft_client.uplink.wire_checks import said
 from fedpeft_client.uplink.withdrawals import Withdrawals
 from fedpeft_client.worker.evaluator import Evaluator
-from fedpeft_client.worker.handle import Answer, WorkerProcess
+from fedpeft_client.worker.handle import Answer, WorkerProcess, end_at_edge
 from fedpeft_client.worker.trainer import Trainer
 from fedpeft_client.worker.verdicts import Verdict, Verdicts
 
@@ -144,13 +145,15 @@ class Agent:
         self._retry = Retry(log, channel.timing.call_s if settings.once else None, channel.timing)
         self._limits = Limits(policy, egress_log, metrics, log, waits=not settings.once, timing=channel.timing)
         self._withdrawals = Withdrawals(channel, self._retry, egress_log)
-        self._exclusion_check = ExclusionCheck(channel, self._retry, self._outbox)
-        self._pusher = Pusher(channel, self._retry, egress_log)
+        sums = settings.relay is not None
+        self._exclusion_check = ExclusionCheck(channel, self._retry, self._outbox, has_residual=not sums)
+        self._pusher = Pusher(channel, self._retry, egress_log, has_residual=not sums)
         self._trainer = Trainer(directory, self._outbox, worker, metrics)
         self._evaluator = Evaluator(channel, self._retry, worker, egress_log, metrics)
-        self._verdicts = Verdicts(worker, log, None if settings.evaluate else settings.rank)
+        self._verdicts = Verdicts(worker, log, None if settings.evaluate else settings.rank, of_sums=sums)
         self._holds = RunBackoff(timing=channel.timing)
-        self._finished = FinishedRuns(directory, self._outbox, channel, egress_log, metrics.series, log)
+        end = partial(end_at_edge, worker) if sums else None
+        self._finished = FinishedRuns(directory, self._outbox, channel, egress_log, metrics.series, log, end)
         self._attempts: Attempts[tuple[str, int]] = Attempts()
         self._setback = self._retry.backoff()
         self._pace = Pace(channel.timing)
@@ -184,7 +187,7 @@ class Agent:
             raise self._processes.moved(error) from None
         await asyncio.to_thread(self._processes.registered)
         self._metrics.enter(State.WAITING)
-        facts = {name: hello[name] for name in ("device", "threads")}
+        facts = {name: hello[name] for name in ("device", "threads") if name in hello}
         limits = len(self._policy.rules) or "none; this site has no policy"
         self._log.info("registered", server=self._settings.server, **facts, limits=limits)
 
@@ -311,11 +314,14 @@ class Agent:
                 run, task, held, log, steps
             )  # what is pending is pushed next, as after a kill
             with self._metrics.during(State.TRAINING), tracing.span("train", task.run, task.round):
-                await run_while_ticket_open(self._channel, task.ticket, self._limits.while_permitted(training), steps)
+                permitted, keeps = self._limits.while_permitted(training), self._settings.relay is None
+                await run_while_ticket_open(self._channel, task.ticket, permitted, steps, keeps_late=keeps)
 
         if failure := self._against(task) or await self._tried(task.run, train):
             log.error("ticket is given up", cause=failure.here)
             self._metrics.tickets_given_up.labels(task.run, failure.kind).inc()
+            if failure.kind in (RunFinished.reason, TicketNotFound.reason):
+                self._finished.look_soon()
             if failure.kind not in _NOBODYS_FAULT:
                 self._leave_out(task.run, surely=failure.kind == FAULT.reason)
             await self._withdrawals.withdraw(task.ticket, f"{failure.kind}: {failure.told}", task.run, task.round, log)
@@ -341,7 +347,8 @@ class Agent:
         if verdict is None or verdict.run is None:
             return None  # it was not accepted, which is said where the adapter is pulled
         run, taken = verdict.run, len(self._egress_log.tickets(task.run) - {task.ticket})
-        for reason in reasons_against_ticket(self._policy, run, task, verdict.examples, taken):
+        examples = None if run.of_sums else verdict.examples  # those of many clients, each with steps of its own
+        for reason in reasons_against_ticket(self._policy, run, task, examples, taken):
             return reason
         stop = self._limits.against(run.upload_bounds(task.round)[1])
         return Reason.of(RefusedByPolicy(stop.told)) if stop else None
@@ -445,7 +452,8 @@ def registration(settings: Settings, hello: Answer) -> pb.RegisterRequest:
         run=settings.run or "",
         dry_run=settings.dry_run,
         capabilities=pb.Capabilities(
-            software=f"fedpeft {installed_version('fedpeft')}, torch {hello['torch']}",
+            software=f"fedpeft {installed_version('fedpeft')}"
+            + (f", torch {hello['torch']}" if hello["torch"] else ""),
             methods=hello["methods"],
             encodings=codecs.names(),
             device=hello["device"],

@@ -127,7 +127,8 @@ async def _until_stopped(work: Coroutine[None, None, None], log: Log) -> None:
 def _worker_options(settings: Settings, policy: Policy) -> Answer:
     return {
         "op": "open",
-        "data": str(settings.data),
+        "data": _path(settings.data),
+        "relay": None if settings.relaying is None else settings.relaying.as_json(),
         "reading": {
             "image_column": settings.image_column,
             "label_column": settings.label_column,

@@ -16,6 +16,8 @@ from fedpeft.process.addresses import Address, check_endpoint
 from fedpeft.process.logs import LogFormat
 from fedpeft.process.settings import ProcessSettings
 from fedpeft_client.enrolment import site_identity
+from fedpeft_client.relay import options as relaying
+from fedpeft_client.relay.options import RelayOptions
 
 _PATTERNS = {
     "name": (ids.CLIENT, ids.CLIENT_FORM),
@@ -53,8 +55,9 @@ class Settings(ProcessSettings):
     name: str
     """Id of this client: 1 to 64 letters, digits, dots, underscores, hyphens; no two clients of a server share one; not
     needed where this client was enrolled."""
-    data: Path
-    """The images: parquet (a file, or a folder of files), or a folder of class folders; or TASK:PATH (extending.md)."""
+    data: Path | None = None
+    """The images: parquet (a file, or a folder of files), or a folder of class folders; or TASK:PATH (extending.md).
+    Needed unless --relay stands in its place."""
     state_dir: Path
     """Folder that is this client's memory: its ticket, update, residual and local tensors."""
     identity: Path | None = None
@@ -78,6 +81,23 @@ class Settings(ProcessSettings):
     """Column of parquet that holds the labels; label or labels if absent."""
     max_image_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     """Pixels of the largest image that is opened; a larger one may be meant to fill memory and counts as unreadable."""
+    relay: str | None = None
+    """HOST:PORT of the server of an edge, in place of --data: this client trains nothing, but has that server collect
+    the updates of the edge's own clients, and sends the sum of them for its update (hierarchy.md)."""
+    relay_identity: Path | None = None
+    """With --relay: folder with the key and certificate of an operator of that server, as fedpeft enroll writes it;
+    plain text if absent."""
+    relay_clients: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """With --relay, and needed there: clients whose updates a round of the edge wants."""
+    relay_quorum: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """With --relay: fewest updates that a sum is made of at its deadline; if absent three quarters of --relay-clients,
+    1 of 2, 2 of 3."""
+    relay_deadline_s: Annotated[float, Field(ge=0.1, le=30 * 86_400)] | None = None
+    """With --relay: seconds from the opening of a round of the edge to its deadline, at most the run's deadline_s;
+    three quarters of that if absent."""
+    relay_examples: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    """With --relay: most examples that the edge's clients have together, which is told to the server; it takes no more
+    in an update, and 100,000 if absent."""
     policy: Path | None = None
     """TOML file with what a server may ask for (docs/site-owner.md); if absent, policy.toml in the state directory, if
     that is there, else nothing is limited."""
@@ -97,7 +117,7 @@ class Settings(ProcessSettings):
     log_format: LogFormat = "auto"
     """console for people, json for machines; auto is console on a terminal, else json."""
     insecure: bool = False
-    """Allow plain text to a server, or metrics for readers, that are not on this machine."""
+    """Allow plain text to a server (--server or --relay), or metrics for readers, that are not on this machine."""
     verbose: bool = False
     """More log lines, and the traceback of an error that ends the client."""
 
@@ -109,10 +129,11 @@ class Settings(ProcessSettings):
             raise ValueError(f"{value!r} is not {wanted}")
         return value
 
-    @field_validator("server")
+    @field_validator("server", "relay")
     @classmethod
-    def _address(cls, value: str) -> str:
-        Address.parse(value)
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None:
+            Address.parse(value)
         return value
 
     @field_validator("traces")
@@ -156,15 +177,40 @@ class Settings(ProcessSettings):
         return {"server": identity.server, "name": identity.subject.name, **given, "identity": where}
 
     @model_validator(mode="after")
+    def _data_or_relay(self) -> Self:
+        fields = type(self).model_fields
+        said = {name: getattr(self, name) for name in (*relaying.OF_DATA, *relaying.OF_RELAY)}
+        given = {name: value for name, value in said.items() if value != fields[name].default}
+        relaying.check_together(self.data, self.relay, given)
+        if self.relay is not None:
+            relaying.check_identity(self.relay, self.relay_identity, insecure=self.insecure)
+        return self
+
+    @property
+    def relaying(self) -> RelayOptions | None:
+        """The work of a relay; None for a client that trains or scores."""
+        if self.relay is None or self.relay_clients is None:
+            return None
+        return RelayOptions(
+            self.relay,
+            self.relay_clients,
+            self.relay_quorum,
+            self.relay_deadline_s,
+            self.relay_examples,
+            self.relay_identity,
+        )
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.identity is not None:
-            only_metrics = bool(self.metrics) and not Address.parse(self.metrics).is_loopback
+            elsewhere = [self.metrics] + ([self.relay] if self.relay and self.relay_identity is None else [])
+            for_others = any(each and not Address.parse(each).is_loopback for each in elsewhere)
             site_identity.check(
                 Identity.load(self.identity),
                 server=self.server,
                 name=self.name,
                 evaluate=self.evaluate,
-                insecure=self.insecure and not only_metrics,
+                insecure=self.insecure and not for_others,
             )
         elif not Address.parse(self.server).is_loopback and not self.insecure:
             raise ValueError(

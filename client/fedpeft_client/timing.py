@@ -30,6 +30,9 @@ class Timing:
         limits_check_s: Between two looks at the owner's limits, while they hold work up.
         worker_leave_s: The worker ends in this time when it is asked to, else it is killed.
         report_s: The log says how far a training is so often.
+        relay_report_s: A relay says so often how far the edge's round is, and asks the edge's server as often.
+        relay_away_s: A relay whose edge's server has been away for this time gives the ticket back.
+        relay_look_s: A relay waits so long for that server where nothing depends on its answer.
         contact_s: The time of the server's last answer is noted no more often.
         first_hold_s: A run that fails is left out for so long, at first; then twice as long, and so on.
         longest_hold_s: The longest that it is left out.
@@ -55,6 +58,9 @@ class Timing:
     limits_check_s: float = 5.0
     worker_leave_s: float = 5.0
     report_s: float = 10.0
+    relay_report_s: float = 2.0
+    relay_away_s: float = 300.0
+    relay_look_s: float = 5.0
     contact_s: float = 5.0
     first_hold_s: float = 60.0
     longest_hold_s: float = 3600.0

@@ -9,9 +9,12 @@ import fedpeft
 from fedpeft.errors import BackboneMismatch, RoundClosed, ServerUnreachable, SettingsInvalid
 from fedpeft_client.__main__ import run
 from fedpeft_client.error_policy import Exit, exit_code
+from fedpeft_client.relay.options import RelayOptions
 from fedpeft_client.settings import Settings
 
 FLAGS = ["--server", "127.0.0.1:8080", "--name", "site-a", "--data", "d.parquet", "--state-dir", "s"]
+RELAY = ["--relay", "127.0.0.1:7071", "--relay-clients", "4"]
+RELAYING = [*FLAGS[:4], *FLAGS[6:], *RELAY]
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +53,23 @@ def test_flags_come_before_environment_before_file(tmp_path: Path, monkeypatch: 
         ([*FLAGS, "--server", "example.org:80"], "say --insecure"),
         ([*FLAGS, "--run", "../../etc"], "--run: '../../etc' is not a run's id"),
         ([*FLAGS, "--twice"], "unrecognized arguments: --twice"),
+        (
+            [*FLAGS[:4], *FLAGS[6:]],
+            "--data is missing: name the images of this site; or, for the agent of an edge, its",
+        ),
+        ([*FLAGS, *RELAY], "--data and --relay exclude each other"),
+        ([*FLAGS, "--relay-clients", "4"], "--relay-clients needs --relay"),
+        ([*RELAYING[:-2]], "--relay-clients is missing: the number of clients whose updates a round of the edge wants"),
+        ([*RELAYING, "--relay-quorum", "5"], "--relay-quorum 5 is more than --relay-clients 4"),
+        ([*RELAYING, "--relay", "edge"], "--relay: 'edge' is not HOST:PORT"),
+        (
+            [*RELAYING, "--relay", "edge.example:7070"],
+            "name an operator's identity with --relay-identity, use a loopback",
+        ),
+        ([*RELAYING, "--evaluate"], "--evaluate is about data of its own, and a client with --relay has none"),
+        ([*RELAYING, "--dry-run"], "--dry-run is about data of its own"),
+        ([*RELAYING, "--weights", "w"], "--weights is about data of its own"),
+        ([*RELAYING, "--device", "cpu"], "--device is about data of its own"),
         ([*FLAGS, "--config", "/nowhere.toml"], "--config: cannot read /nowhere.toml: No such file"),
     ],
 )
@@ -78,6 +98,14 @@ def test_a_setting_of_another_type_is_said_without_the_name_of_a_class(tmp_path:
     file.write_text("data = 3\n")
     with pytest.raises(SettingsInvalid, match=r"--data: should be a path$"):
         Settings.read([*FLAGS[:4], *FLAGS[6:], "--config", str(file)])
+
+
+def test_a_relay_has_a_server_in_place_of_data() -> None:
+    settings = Settings.read([*RELAYING, "--relay-quorum", "3", "--relay-deadline-s", "60", "--relay-examples", "900"])
+    assert settings.data is None and settings.relaying == RelayOptions("127.0.0.1:7071", 4, 3, 60.0, 900)
+    elsewhere = Settings.read([*RELAYING, "--relay", "edge.example:7070", "--insecure"])
+    assert elsewhere.relaying == RelayOptions("edge.example:7070", 4)
+    assert Settings.read(FLAGS).relaying is None
 
 
 @pytest.mark.parametrize("server", ["localhost:1", "127.8.0.1:65535", "[::1]:8080"])

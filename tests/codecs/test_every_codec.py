@@ -30,7 +30,7 @@ def test_an_encoding_has_a_length_within_bounds_and_a_second_pass_changes_nothin
     low, high = codec.length_bounds(x.size)
     assert low <= len(data) <= high
     assert decoded.dtype == np.float32 and np.isfinite(decoded).all()
-    assert codec.is_random or codec.encode(decoded) == data
+    assert codec.is_random or codec.is_sum or codec.encode(decoded) == data
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -73,7 +73,7 @@ def test_any_bytes_are_refused_or_are_finite_values_and_their_one_encoding(name:
     if n <= 4096:
         decoded = codec.decode(memoryview(data), n)
         assert np.isfinite(decoded).all()
-        assert codec.is_random or codec.encode(decoded) == data
+        assert codec.is_random or codec.is_sum or codec.encode(decoded) == data
 
 
 @each_codec
@@ -89,7 +89,9 @@ def test_a_changed_byte_is_refused_or_is_another_tensor(name: str, x: Values, da
         return
     decoded = codec.decode(memoryview(encoded), x.size)
     assert np.isfinite(decoded).all()
-    assert codec.is_random or codec.encode(decoded) == bytes(encoded), "the encoding of one tensor alone"
+    assert codec.is_random or codec.is_sum or codec.encode(decoded) == bytes(encoded), (
+        "the encoding of one tensor alone"
+    )
 
 
 @each_codec

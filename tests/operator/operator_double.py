@@ -24,7 +24,9 @@ from fedpeft.errors import (
     RunFinished,
     RunNotFinished,
     RunNotFound,
+    SumNotFound,
     VersionNotFound,
+    VersionSuperseded,
 )
 from fedpeft.rpc.status import abort
 from fedpeft.v1 import federation_service_pb2 as federation
@@ -113,6 +115,8 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         """Errors that calls of a name end with, one each, before they answer."""
         self.created: dict[str, tuple[pb.CreateRunHeader, bytes]] = {}
         """Accepted uploads by request id."""
+        self.supplied: list[tuple[pb.SupplyVersionHeader, bytes]] = []
+        self.sums: dict[tuple[str, int], tuple[pb.DownloadSumHeader, bytes]] = {}
         self.asked: list[str] = []
         self.break_download_after: list[int] = []
         """Bytes after which a download ends, one download each."""
@@ -134,8 +138,20 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         self, request_iterator: AsyncIterator[pb.CreateRunRequest], context: Any
     ) -> pb.CreateRunResponse:
         await self._enter("CreateRun", context)
+        header, data = await self._uploaded(request_iterator, context)
+        if header.request_id not in self.created:
+            self.created[header.request_id] = (header, data)
+            name = header.relays.run or f"run-{len(self.created):012}"
+            run = a_run(name, model_parameters=header.model_parameters, version=header.relays.version)
+            run.config.CopyFrom(header.config)
+            run.spec.CopyFrom(header.spec)
+            run.backbone_fingerprint = header.backbone_fingerprint
+            self.runs[run.id] = run
+        return pb.CreateRunResponse(run=list(self.runs.values())[-1])
+
+    async def _uploaded(self, requests: AsyncIterator[Any], context: Any) -> tuple[Any, bytes]:
         data, header = b"", None
-        async for request in request_iterator:
+        async for request in requests:
             if request.HasField("header"):
                 header = request.header
                 continue
@@ -144,14 +160,35 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         assert header is not None
         if hashlib.sha256(data).digest() != header.manifest.sha256:
             await abort(context, ChecksumMismatch("the payload does not have the manifest's digest"))
-        if header.request_id not in self.created:
-            self.created[header.request_id] = (header, data)
-            run = a_run(f"run-{len(self.created):012}", model_parameters=header.model_parameters)
-            run.config.CopyFrom(header.config)
-            run.spec.CopyFrom(header.spec)
-            run.backbone_fingerprint = header.backbone_fingerprint
-            self.runs[run.id] = run
-        return pb.CreateRunResponse(run=list(self.runs.values())[-1])
+        return header, data
+
+    async def SupplyVersion(
+        self, request_iterator: AsyncIterator[pb.SupplyVersionRequest], context: Any
+    ) -> pb.SupplyVersionResponse:
+        await self._enter("SupplyVersion", context)
+        header, data = await self._uploaded(request_iterator, context)
+        run = await self._find(header.run, context)
+        if header.version < run.version:
+            await abort(context, VersionSuperseded(f"{run.id} has version {run.version} by now"))
+        self.supplied.append((header, data))
+        run.version = header.version
+        return pb.SupplyVersionResponse(run=run)
+
+    async def DownloadSum(self, request: pb.DownloadSumRequest, context: Any) -> AsyncIterator[pb.DownloadSumResponse]:
+        await self._enter("DownloadSum", context)
+        if (request.run, request.round) not in self.sums:
+            await abort(context, SumNotFound(f"{request.run} has no sum of round {request.round}"))
+        header, data = self.sums[request.run, request.round]
+        yield pb.DownloadSumResponse(header=header)
+        async for chunk in self._chunks(data, request.offset, context):
+            yield pb.DownloadSumResponse(chunk=chunk)
+
+    async def _chunks(self, data: bytes, offset: int, context: Any) -> AsyncIterator[tensor_pb2.Chunk]:
+        limit = self.break_download_after.pop(0) if self.break_download_after else len(data)
+        for start in range(offset, len(data), CHUNK):
+            if start >= limit:
+                await abort(context, Draining("the server is shutting down"))
+            yield tensor_pb2.Chunk(offset=start, data=data[start : start + CHUNK])
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
         await self._enter("GetRun", context)
@@ -238,11 +275,8 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         digest = hashlib.sha256(data + b"x" * self.corrupt).digest()
         header = pb.DownloadHeader(version=version, size_bytes=len(data), sha256=digest)
         yield pb.DownloadAdapterResponse(header=header)
-        limit = self.break_download_after.pop(0) if self.break_download_after else len(data)
-        for offset in range(request.offset, len(data), CHUNK):
-            if offset >= limit:
-                await abort(context, Draining("the server is shutting down"))
-            yield pb.DownloadAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data[offset : offset + CHUNK]))
+        async for chunk in self._chunks(data, request.offset, context):
+            yield pb.DownloadAdapterResponse(chunk=chunk)
 
     async def ListClients(self, request: pb.ListClientsRequest, context: Any) -> pb.ListClientsResponse:
         await self._enter("ListClients", context)

@@ -175,7 +175,7 @@ class Table:
         newest = self.rounds[max(self.rounds)]
         mine = sorted((t for number, t in self.tickets.values() if number == newest.number), key=lambda t: t.client)
         found = replace(newest, tickets=Tickets(mine))
-        return in_progress(found, CONFIG, now, active=self.status.is_active)
+        return in_progress(found, self.status.version, CONFIG, now, active=self.status.is_active)
 
     def check(self, now: float) -> None:
         assert self.read(now) == self.status.round
@@ -237,7 +237,7 @@ RUN_FILE = {"model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}, "p
 @pytest.mark.parametrize(
     ("rounds", "text"),
     [
-        ({"policy": "chaotic"}, "there is no round policy 'chaotic'; there are: buffered, synchronous"),
+        ({"policy": "chaotic"}, "there is no round policy 'chaotic'; there are: buffered, relayed, synchronous"),
         ({"concurrency": 3}, 'concurrency is not a setting of rounds with policy = "synchronous"'),
         ({"policy": "synchronous", "max_staleness": 3}, 'is not a setting of rounds with policy = "synchronous"'),
     ],

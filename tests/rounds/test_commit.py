@@ -10,7 +10,7 @@ import pytest
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.config import parse_config
 from fedpeft.rounds import commit
-from fedpeft.rounds.commit import RunHeader, Update, write_first
+from fedpeft.rounds.commit import RunHeader, Update, write_version
 
 SPEC = AdapterSpec.of("lora", [TensorSpec("head.weight", (2, 3))])
 OPTIONS = {"server_learning_rate": 0.05, "beta1": 0.8, "tau": 0.01}
@@ -31,7 +31,7 @@ def test_a_version_has_the_same_bytes_in_whatever_order_the_options_came(tmp_pat
     # They pass through a protobuf map, whose order is another one in every process.
     tensors = {"head.weight": np.ones((2, 3), np.float32)}
     orders = list(itertools.permutations(OPTIONS))
-    assert len({write_first(header(order), tensors, tmp_path / "v").sha256 for order in orders}) == 1
+    assert len({write_version(header(order), tensors, tmp_path / "v").sha256 for order in orders}) == 1
     config = json.loads(header(orders[0]).info(0).extra["config"])
     assert config["aggregation"]["options"] == OPTIONS
     assert "simulation" not in config

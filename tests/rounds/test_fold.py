@@ -17,7 +17,8 @@ from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import BlockStrategy, Doubles, Options, Strategy, UpdateFacts, strategy
 from fedpeft.codecs import BLOCK_ELEMENTS
 from fedpeft.errors import Internal
-from fedpeft.rounds.fold import Contribution, Folded, Overflow, fold, fold_tensors, weigh
+from fedpeft.rounds.contributions import Contribution, Overflow
+from fedpeft.rounds.fold import Folded, fold, fold_tensors, weigh
 
 SPECS = (TensorSpec("a", (7, 3)), TensorSpec("b", ()), TensorSpec("c", (50,)))
 NAMES = ["fedadagrad", "fedadam", "fedavg", "fedavgm", "fedyogi"]

@@ -13,8 +13,8 @@ from fedpeft.adapters.adapter_file import SECTIONS, open_adapter, open_state
 from fedpeft.adapters.sections import initial, with_sections
 from fedpeft.adapters.spec import AdapterSpec, Section, TensorSpec
 from fedpeft.config import parse_config
-from fedpeft.rounds.commit import Outcome, RunHeader, Stored, Update, fold_round, roll_back, write_first
-from fedpeft.rounds.record import FORMAT, parse, verify_chain
+from fedpeft.rounds.commit import Outcome, RunHeader, Stored, Update, fold_round, roll_back, write_version
+from fedpeft.rounds.record import FULL, parse, verify_chain
 
 N = 5
 TUNED = AdapterSpec("lora", (TensorSpec("x.lora_A.weight", (2, 9)), TensorSpec("x.lora_B.weight", (7, 2))))
@@ -42,7 +42,7 @@ class Run:
         self.paths, self.number = [folder / "0"], 0
         self.state: Stored | None = None
         start = {t.name: np.zeros(t.shape, np.float32) for t in run.spec.shared} | initial(run.spec)
-        self.shas = [write_first(run, start, self.paths[0]).sha256]
+        self.shas = [write_version(run, start, self.paths[0]).sha256]
         self.record_sha256 = ""
 
     def fold(self, updates: list[Update]) -> Outcome:
@@ -57,7 +57,7 @@ class Run:
 
     def keep(self, found: Outcome, place: Path) -> None:
         self.paths.append(place / "adapter")
-        self.shas.append(found.adapter.sha256)
+        self.shas.append(found.made.sha256)
         self.records.append(found.record)
         self.record_sha256 = found.record_sha256
 
@@ -98,7 +98,7 @@ def test_the_record_and_the_file_say_what_sections_there_are(tmp_path: Path) -> 
     changes = {t.name: np.full(t.shape, 0.5, np.float32) for t in SPEC.tensors}
     found = run.fold([update(client, 1, changes) for client in (2, 0, 1)])
     record = parse(found.record)
-    assert record.sections == SPEC.sections and f'"format":{FORMAT}' in found.record
+    assert record.sections == SPEC.sections and f'"format":{FULL}' in found.record
     with open_adapter(run.paths[-1]) as file:
         assert file.info.extra[SECTIONS] == '["control"]'
         assert file.adapter().keys() == {t.name for t in TUNED.tensors}

@@ -140,8 +140,8 @@ def test_a_record_in_another_order_is_not_canonical() -> None:
     record = chain(1)[0]
     with pytest.raises(BlobCorrupt, match="not in canonical form"):
         parse(json.dumps(json.loads(record.to_json()), separators=(",", ":"), indent=1))
-    with pytest.raises(BlobCorrupt, match="format 4"):
-        parse(record.to_json().replace('"format":1', '"format":4'))
+    with pytest.raises(BlobCorrupt, match="format 5"):
+        parse(record.to_json().replace('"format":1', '"format":5'))
     with pytest.raises(BlobCorrupt, match="not in canonical form"):
         parse(record.to_json().replace('"format":1', '"format":2'))
 

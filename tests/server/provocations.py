@@ -24,6 +24,7 @@ from fedpeft_server.timing import TIMING
 
 from .conftest import SPEC, RawClient, config, filled, free_port, zeros
 from .provoked_world import World
+from .relayed_calls import RUN, make, sum_of, supply
 from .secured import Federation, federation
 from .secured_provocations import (
     evaluator_of_a_clients_name,
@@ -315,6 +316,29 @@ async def more_steps_than_there_are(world: World) -> object:
     return await client.stub.GetUpload(request, metadata=client.metadata)
 
 
+async def version_of_its_own(world: World) -> object:
+    daemon, run, _ = await world.run()
+    return await supply(daemon, 1, zeros(), run)
+
+
+async def rollback_at_an_edge(world: World) -> object:
+    daemon = await world.start()
+    await make(daemon, 0, zeros())
+    return await daemon.operator.RollbackRun(op.RollbackRunRequest(run=RUN, version=0))
+
+
+async def late_version(world: World) -> object:
+    daemon = await world.start()
+    await make(daemon, 2, zeros())
+    return await supply(daemon, 1, zeros())
+
+
+async def sum_of_a_round_to_come(world: World) -> object:
+    daemon = await world.start()
+    await make(daemon, 0, zeros())
+    return await sum_of(daemon, 1)
+
+
 Provocation = Callable[[Federation], Awaitable[object]]
 
 
@@ -362,6 +386,10 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "ROUND_CLOSED": stopped_run,
     "TICKET_CLOSED": withdrawn_ticket,
     "UPDATE_EXCLUDED": excluded_update,
+    "SUM_NOT_FOUND": sum_of_a_round_to_come,
+    "RUN_NOT_RELAYED": version_of_its_own,
+    "RUN_RELAYED": rollback_at_an_edge,
+    "VERSION_SUPERSEDED": late_version,
     "RUN_FINISHED": paused_after_its_end,
     "RUN_NOT_FINISHED": deleted_too_early,
     "TICKET_OF_ANOTHER": ticket_of_another,

@@ -210,7 +210,7 @@ def _privacy(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
 
 def _transfer(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
     rules, run = policy.transfer, asked.run
-    encoding = run.config.codec.encoding
+    encoding = run.encoding
     if rules.encodings is not None and encoding not in rules.encodings:
         here = f"encoding {encoding} is not among the policy's transfer.encodings"
         yield Violation("transfer.encodings", f"its owner does not allow updates as {encoding}", here)

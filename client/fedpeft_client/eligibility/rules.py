@@ -118,7 +118,7 @@ def reasons_against(run: KnownRun, site: Site) -> tuple[Reason, ...]:
 
 
 def reasons_against_ticket(
-    policy: Policy, run: KnownRun, task: pb.TrainingTask, examples: int, taken: int
+    policy: Policy, run: KnownRun, task: pb.TrainingTask, examples: int | None, taken: int
 ) -> tuple[Reason, ...]:
     """Returns every reason why the training of a ticket is refused: a server may ask for more than it offered.
 
@@ -126,7 +126,7 @@ def reasons_against_ticket(
         policy: The policy of this site.
         run: The run as it was offered and accepted.
         task: The ticket's task.
-        examples: Images of the run's classes.
+        examples: Images of the run's classes; None if that is not known, of a relay.
         taken: Other tickets of the run that this device has sent updates for.
     """
     settings = wire.training_data(task.settings)

@@ -11,6 +11,7 @@ from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.aggregation import strategy
 from fedpeft.aggregation.low_rank.ranks import of_rank, rank_in
 from fedpeft.codecs import codecs
+from fedpeft.codecs.sum128 import SUM128
 from fedpeft.config import RunConfig
 from fedpeft.rpc import wire
 from fedpeft.v1 import run_pb2
@@ -27,6 +28,7 @@ class KnownRun:
         fingerprint: SHA-256 of the frozen tensors, hexadecimal.
         version: Newest committed adapter version when it was read.
         message: The message itself.
+        of_sums: True if what this client sends for it are sums of several updates: it is a relay.
     """
 
     id: str
@@ -35,9 +37,10 @@ class KnownRun:
     fingerprint: str
     version: int
     message: run_pb2.Run
+    of_sums: bool = False
 
     @classmethod
-    def of(cls, message: run_pb2.Run) -> KnownRun:
+    def of(cls, message: run_pb2.Run, *, of_sums: bool = False) -> KnownRun:
         """Reads a run.
 
         Raises:
@@ -51,6 +54,7 @@ class KnownRun:
             message.backbone_fingerprint,
             message.version,
             message,
+            of_sums,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -58,9 +62,14 @@ class KnownRun:
         return json_format.MessageToDict(self.message)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> KnownRun:
+    def from_json(cls, data: dict[str, Any], *, of_sums: bool = False) -> KnownRun:
         """Reads what `as_json` returned."""
-        return cls.of(json_format.ParseDict(data, run_pb2.Run()))
+        return cls.of(json_format.ParseDict(data, run_pb2.Run()), of_sums=of_sums)
+
+    @property
+    def encoding(self) -> str:
+        """The encoding of what this client sends."""
+        return SUM128.name if self.of_sums else self.config.codec.encoding
 
     @property
     def rank(self) -> int | None:
@@ -86,7 +95,6 @@ class KnownRun:
             number: That.
             rank: The client's own rank; it counts where the run takes others than its own.
         """
-        own = self.config.codec.encoding
         sent = of_rank(self.spec.sent(number), rank if rank and self.takes_ranks else None)
-        bounds = [codecs.get(tensor.section.encoding or own).length_bounds(tensor.size) for tensor in sent]
+        bounds = [codecs.get(tensor.section.encoding or self.encoding).length_bounds(tensor.size) for tensor in sent]
         return sum(low for low, _ in bounds), sum(high for _, high in bounds)

@@ -19,12 +19,21 @@ from fedpeft_client.uplink.retry import Retry
 
 
 class ExclusionCheck:
-    """Asks for the final state of counted updates, and takes back those that were excluded."""
+    """Asks for the final state of counted updates, and takes back those that were excluded.
 
-    def __init__(self, channel: Channel, retry: Retry, outbox: Outbox) -> None:
+    Args:
+        channel: The server.
+        retry: The patience with it.
+        outbox: The client's updates.
+        has_residual: False for a relay, whose sums are dropped where an update goes into the residual.
+    """
+
+    def __init__(self, channel: Channel, retry: Retry, outbox: Outbox, *, has_residual: bool = True) -> None:
         self._channel = channel
         self._retry = retry
         self._outbox = outbox
+        self._uncounted = "it goes into the residual" if has_residual else "the sum is dropped"
+        self._has_residual = has_residual
 
     async def settle(self, run: str, log: Log) -> None:
         """Settles the last counted update of a run for good, if there is one.
@@ -43,13 +52,12 @@ class ExclusionCheck:
             state, reason = run_pb2.TICKET_STATE_UNSPECIFIED, ""
         if state in (run_pb2.TICKET_STATE_LATE, run_pb2.TICKET_STATE_WITHDRAWN):  # a receipt came before: it was lost
             await asyncio.to_thread(self._outbox.take_back, run, faulty=False)
-            log.warning("the server lost the last update; it goes into the residual", ticket=ticket, cause=reason[:500])
+            log.warning(f"the server lost the last update; {self._uncounted}", ticket=ticket, cause=reason[:500])
             return
         if state != run_pb2.TICKET_STATE_REFUSED or not reason.startswith(UpdateExcluded.reason):
             await asyncio.to_thread(self._outbox.confirm, run)
             return
         kept = await asyncio.to_thread(self._outbox.take_back, run)
-        what = (
-            "it goes into the residual" if kept else "the one before was not either, so it and the residual are dropped"
-        )
+        both = "the one before was not either, so it and the residual are dropped"
+        what = self._uncounted if kept or not self._has_residual else both
         log.warning(f"the last update was not folded; {what}", ticket=ticket, cause=reason[:500])

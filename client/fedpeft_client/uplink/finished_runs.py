@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -44,6 +45,10 @@ _OVER = {
 }
 
 
+Ending = Callable[[str, str], Awaitable[bool]]
+"""Ends a run, by how it is over, where else it is held; returns False if that must be tried again."""
+
+
 class FinishedRuns:
     """Looks now and then which runs of the state directory are over, and removes what nobody needs of them."""
 
@@ -55,6 +60,7 @@ class FinishedRuns:
         egress_log: EgressLog,
         series: RunSeries,
         log: Log,
+        end: Ending | None = None,
     ) -> None:
         self._directory = directory
         self._outbox = outbox
@@ -64,6 +70,11 @@ class FinishedRuns:
         self._runs = directory.path / "runs"
         self._found_over: set[str] = set()
         self._log = log
+        self._end = end
+        self._next = 0.0
+
+    def look_soon(self) -> None:
+        """Has the next `clean_up` look, because a run was found to be over."""
         self._next = 0.0
 
     async def clean_up(self) -> None:
@@ -88,12 +99,16 @@ class FinishedRuns:
                 return
             over = {each.run: _OVER[each.state] for each in answer.runs if each.state in _OVER}
             for run in some:
-                if run in there:
+                if run in there and await self._is_ended(run, over.get(run)):
                     await asyncio.to_thread(self._file, run, over.get(run))
                 if run in over:
                     self._drop_series(run)
                 else:  # it may have been over, and go on
                     self._found_over.discard(run)
+
+    async def _is_ended(self, run: str, how: str | None) -> bool:
+        """Returns True unless a run that is over goes on where else it is held."""
+        return how is None or self._end is None or await self._end(run, how)
 
     def _drop_series(self, run: str) -> None:
         """Drops the metrics of a run at the second look that finds it over: the last counts were collected by then."""

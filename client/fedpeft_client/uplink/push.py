@@ -43,12 +43,21 @@ _Call = grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]
 
 
 class Pusher:
-    """Uploads pending updates."""
+    """Uploads pending updates.
 
-    def __init__(self, channel: Channel, retry: Retry, egress_log: EgressLog) -> None:
+    Args:
+        channel: The server.
+        retry: The patience with it.
+        egress_log: The log of all that leaves the device.
+        has_residual: False for a relay, whose sums are dropped where an update goes into the residual.
+    """
+
+    def __init__(self, channel: Channel, retry: Retry, egress_log: EgressLog, *, has_residual: bool = True) -> None:
         self._channel = channel
         self._retry = retry
         self._egress_log = egress_log
+        self._uncounted = "it goes into the residual" if has_residual else "the sum is dropped"
+        self._aside = ", and its content goes into the residual" if has_residual else ""
         self._withdrawals = Withdrawals(channel, retry, egress_log)
         self._committed = 0
         """Bytes that the server held when it was last asked."""
@@ -74,7 +83,7 @@ class Pusher:
             return Outcome.DROPPED
         except (FAULT, InvalidArgument) as error:
             log.error(
-                "the server cannot take this update; it is set aside, and its content goes into the residual",
+                f"the server cannot take this update; it is set aside{self._aside}",
                 reason=error.reason,
                 cause=str(error),
             )
@@ -85,7 +94,7 @@ class Pusher:
             return Outcome.COUNTED  # that one was made from the same residual
         except FedpeftError as error:
             log.warning(
-                "update was not counted; it goes into the residual",
+                f"update was not counted; {self._uncounted}",
                 reason=error.reason,
                 cause=str(error),
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Container, Coroutine
 from typing import Any, NoReturn, TypeVar
 
 from fedpeft.errors import FedpeftError, RunFinished, TicketClosed
@@ -19,29 +19,38 @@ T = TypeVar("T")
 
 
 async def run_while_ticket_open(
-    channel: Channel, ticket: str, work: Coroutine[Any, Any, T], progress: TrainingProgress | None = None
+    channel: Channel,
+    ticket: str,
+    work: Coroutine[Any, Any, T],
+    progress: TrainingProgress | None = None,
+    *,
+    keeps_late: bool = True,
 ) -> T:
     """Runs the work of a ticket, and cancels it once its result cannot count any more.
 
-    A round that has closed is no reason to leave: what comes too late goes into the residual. Nor is a server that is
-    away: it will want the update when it is back.
+    A round that has closed is no reason to leave: what comes too late goes into the residual, except for a relay. Nor
+    is a server that is away: it will want the update when it is back.
 
     Args:
         channel: The server.
         ticket: Ticket of the work.
         work: The work.
         progress: Progress of the training, reported with each question; None if it is not reported.
+        keeps_late: False if what comes too late is of no use.
 
     Raises:
         RunFinished: If the run was stopped.
         TicketNotFound: If the run was deleted, or the server was set up anew.
-        TicketClosed: If the ticket was given back or refused.
+        TicketClosed: If the ticket was given back or refused, or if it is late and what is late is of no use.
         FedpeftError: Whatever else the server answers, or the work raises.
     """
-    return await first_of(work, _until_ticket_closed(channel, ticket, progress or TrainingProgress()))
+    closed = _CLOSED if keeps_late else (*_CLOSED, run_pb2.TICKET_STATE_LATE)
+    return await first_of(work, _until_ticket_closed(channel, ticket, progress or TrainingProgress(), closed))
 
 
-async def _until_ticket_closed(channel: Channel, ticket: str, progress: TrainingProgress) -> NoReturn:
+async def _until_ticket_closed(
+    channel: Channel, ticket: str, progress: TrainingProgress, closed: Container[int]
+) -> NoReturn:
     timing = channel.timing
     pause_s = timing.ticket_check_s
     while True:
@@ -56,5 +65,5 @@ async def _until_ticket_closed(channel: Channel, ticket: str, progress: Training
             raise
         if standing.run_finished:
             raise RunFinished("the run was stopped; its training ends")
-        if standing.state in _CLOSED:
+        if standing.state in closed:
             raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; its training ends")

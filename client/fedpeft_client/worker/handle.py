@@ -101,7 +101,10 @@ class WorkerProcess:
         raise TrainingFailed(f"the worker process died {ATTEMPTS} times; the last time {cause}")
 
     async def _open(self) -> None:
-        self._log.info("loading torch and the data", data=self._options["data"])
+        if relay := self._options.get("relay"):
+            self._log.info("relaying for the clients of a server", relay=relay["server"])
+        else:
+            self._log.info("loading torch and the data", data=self._options["data"])
         environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ}  # repeatable on a GPU
         self._process = await asyncio.create_subprocess_exec(
             *_COMMAND,
@@ -158,6 +161,20 @@ class WorkerProcess:
                 self._log.warning("worker is silent", seconds=silent_s)
             if self._moving and silent_s >= self.timing.away_s:
                 process.kill()
+
+
+async def end_at_edge(worker: WorkerProcess, run: str, how: str) -> bool:
+    """Has the worker of a relay end a run at the edge; returns False if that must be tried again.
+
+    Args:
+        worker: The worker.
+        run: The run, which is over at the parent's server.
+        how: Completed, stopped or deleted.
+    """
+    try:
+        return bool((await worker.ask({"op": "finished", "run": {"id": run}, "how": how}))["done"])
+    except TrainingFailed:  # the worker died of it, which is logged
+        return False
 
 
 def _close_pipes(process: asyncio.subprocess.Process) -> None:

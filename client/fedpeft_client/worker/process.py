@@ -1,8 +1,11 @@
 """The worker: the process that holds torch, the model and the data, and answers the agent in JSON lines.
 
-Requests come on stdin, one object a line: `open` (first), `survey`, `check`, `train`, `evaluate`, `stop`. Answers go to
-the original stdout: `{"progress": ...}` any number of times, then `{"result": ...}` or `{"error": ...}`; and
-`{"dying": WHY}` and the end of the stream mean that the process cannot be trusted any more. Tensors pass through files.
+That of a relay has none of them, and calls the edge's server.
+
+Requests come on stdin, one object a line: `open` (first), `survey`, `check`, `train`, `evaluate`, `finished` (a run is
+over, for a relay), `stop`. Answers go to the original stdout: `{"progress": ...}` any number of times, then
+`{"result": ...}` or `{"error": ...}`; and `{"dying": WHY}` and the end of the stream mean that the process cannot be
+trusted any more. Tensors pass through files.
 Whatever a library prints goes to stderr. The end of stdin means that the agent is gone: the process ends at once.
 """
 
@@ -21,6 +24,7 @@ import structlog
 
 from fedpeft.errors import FedpeftError, StateInvalid
 from fedpeft.process import logs
+from fedpeft.rpc import grpc_core
 
 Message = dict[str, Any]
 CANNOT_GO_ON = 70
@@ -98,6 +102,8 @@ class _Worker:
             result: Message = self._site.check(request)
         elif op == "evaluate":
             result = self._site.evaluate(request)
+        elif op == "finished":
+            result = self._site.finished(request)
         else:
             with structlog.contextvars.bound_contextvars(round=request["round"]):
                 result = self._site.train(request, self._progress, self._stopping)
@@ -106,9 +112,15 @@ class _Worker:
     def _open(self, request: Message) -> Message:
         logs.configure(request["log_format"], "debug" if request["verbose"] else "info")
         structlog.contextvars.bind_contextvars(client=request["client"])
-        from fedpeft_client.worker.tasks import SiteWorker  # torch: seconds, and it may print
+        if request.get("relay"):
+            grpc_core.configure()
+            from fedpeft_client.relay.worker import RelayWorker  # gRPC, which a client with data computes without
 
-        self._site = SiteWorker(request)
+            self._site = RelayWorker(request)
+        else:
+            from fedpeft_client.worker.tasks import SiteWorker  # torch: seconds, and it may print
+
+            self._site = SiteWorker(request)
         hello: Message = self._site.hello()
         return hello
 

@@ -69,15 +69,17 @@ class Verdicts:
         worker: The process that reaches them.
         log: Log of runs that suit.
         rank: The owner's --rank; None without one, or if nothing is trained.
+        of_sums: True for a relay.
 
     Attributes:
         verdicts: By run id, the one that was asked for longest ago first.
     """
 
-    def __init__(self, worker: WorkerProcess, log: Log, rank: int | None = None) -> None:
+    def __init__(self, worker: WorkerProcess, log: Log, rank: int | None = None, *, of_sums: bool = False) -> None:
         self._worker = worker
         self._log = log
         self._rank = rank
+        self._of_sums = of_sums
         self.verdicts: BoundedDict[str, Verdict] = BoundedDict(MOST)
         self._terms: dict[str, str] = {}  # of each of them, what was judged
 
@@ -132,7 +134,7 @@ class Verdicts:
 
     async def _reach(self, message: run_pb2.Run) -> Verdict:
         try:
-            run = KnownRun.of(message)
+            run = KnownRun.of(message, of_sums=self._of_sums)
             answer = await self._worker.ask({"op": "check", "run": run.as_json()})
         except NOT_ABOUT_THE_TASK:
             raise

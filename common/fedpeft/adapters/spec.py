@@ -235,7 +235,7 @@ def _check_section(i: int, tensor: TensorSpec, known: tuple[Section, ...]) -> No
         text = f"is of section {section.name}, whose divisor is {section.divisor}, not a finite number above 0"
         raise spec_fault(i, "section", name, text)
     codec = None if section.encoding is None or section.encoding not in codecs else codecs.get(section.encoding)
-    if codec is None or codec.is_sparse or codec.is_random:
+    if codec is None or codec.is_sparse or codec.is_random or codec.is_sum:
         shown = str(section.encoding)[:32]
         text = (
             f"is of section {section.name}, whose encoding is {shown!r}; one is needed that is not sparse, nor random"

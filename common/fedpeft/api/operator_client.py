@@ -23,11 +23,13 @@ from datetime import UTC, datetime
 from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from fedpeft.api.access_calls import AccessCalls, RequestT, ResponseT, Unary
+from fedpeft.api.relay_calls import AnswerT, Described, HeaderT, Progress, RelayCalls, Upload, silent
 from fedpeft.api.round_parts import folded
 from fedpeft.errors import (
     ChecksumMismatch,
@@ -75,15 +77,9 @@ FINISHED = (run_pb2.RUN_STATE_COMPLETED, run_pb2.RUN_STATE_STOPPED)
 """The states that a run does not leave."""
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
 
 
-def _silent(done: int, total: int) -> None:
-    """The progress that nobody asked for."""
-
-
-class OperatorClient(AccessCalls):
+class OperatorClient(AccessCalls, RelayCalls):
     """A connection to a server's OperatorService and AccessService; an async context manager.
 
     Every call raises the class of `fedpeft.errors` that the server raised, or `ServerUnreachable`. An identity that is
@@ -158,7 +154,8 @@ class OperatorClient(AccessCalls):
         model_parameters: int,
         *,
         request_id: str | None = None,
-        progress: Progress = _silent,
+        relays: pb.Relay | None = None,
+        progress: Progress = silent,
     ) -> run_pb2.Run:
         """Uploads adapter version 0 with the run's configuration.
 
@@ -169,6 +166,7 @@ class OperatorClient(AccessCalls):
             tensors: Float32 by name, at least `spec.shared`.
             model_parameters: Parameters of the whole model.
             request_id: Makes a repetition safe; drawn if absent.
+            relays: Run of a parent's server that this one works for; its version is the adapter. None: none.
             progress: Called after each chunk.
 
         Raises:
@@ -186,8 +184,9 @@ class OperatorClient(AccessCalls):
             manifest=wire.manifest_to_proto(manifest),
             request_id=request_id or uuid.uuid4().hex,
             model_parameters=model_parameters,
+            relays=relays,
         )
-        return await self._repeat(lambda: self._upload(header, data, payload.chunks(0, len(data)), progress))
+        return (await self._upload(self._stub.CreateRun, pb.CreateRunRequest, header, data, progress)).run
 
     async def run(self, run: str) -> tuple[run_pb2.Run, run_pb2.Round | None]:
         """Returns a run and its round in progress, that one without its tickets."""
@@ -288,7 +287,7 @@ class OperatorClient(AccessCalls):
         return await self._ask(self._stub.GetStorage, pb.GetStorageRequest())
 
     async def download(
-        self, run: str, path: Path, *, version: int | None = None, progress: Progress = _silent
+        self, run: str, path: Path, *, version: int | None = None, progress: Progress = silent
     ) -> pb.DownloadHeader:
         """Writes an adapter version to `path` as the safetensors file that is stored; the newest if none is named.
 
@@ -303,55 +302,86 @@ class OperatorClient(AccessCalls):
             raise VersionNotFound(f"{run} has no version {version}")
         try:
             with durable.writing(path) as file:
-                return await self._download(pb.DownloadAdapterRequest(run=run, version=version), file, progress)
+                return await self._download_adapter(pb.DownloadAdapterRequest(run=run, version=version), file, progress)
         except OSError as error:
             raise StateInvalid(f"cannot write {path}: {error.strerror}") from None
 
-    async def _download(
+    async def _download_adapter(
         self, request: pb.DownloadAdapterRequest, file: BufferedRandom, progress: Progress
     ) -> pb.DownloadHeader:
-        """Fills `file` from where it ends, as often as it takes, and checks its digest."""
+        def described(header: pb.DownloadHeader) -> Described:
+            request.version = header.version  # a newer one must not be appended to this one
+            return f"version {header.version} of {request.run}", header.size_bytes, header.sha256
 
-        async def attempt() -> pb.DownloadHeader:
+        return await self._download(self._stub.DownloadAdapter, request, described, file, progress)
+
+    async def _download(
+        self,
+        method: Callable[[Any], Any],
+        request: Any,
+        described: Callable[[HeaderT], Described],
+        file: BufferedRandom,
+        progress: Progress,
+    ) -> HeaderT:
+        """Fills `file` from where it ends, as often as it takes, and checks its digest.
+
+        Args:
+            method: The call.
+            request: Its request; the offset is set here.
+            described: Returns what is sent, how many bytes it has, and its digest.
+            file: An empty file.
+            progress: Called after each chunk.
+        """
+
+        async def attempt() -> HeaderT:
             request.offset = file.tell()
-            call = self._stub.DownloadAdapter(request)
+            call = method(request)
             try:
-                header = (await self._expect(call)).header
-                request.version = header.version  # a newer one must not be appended to this one
-                while file.tell() < header.size_bytes:
+                header: HeaderT = (await self._expect(call)).header
+                _, size_bytes, _ = described(header)
+                while file.tell() < size_bytes:
                     file.write((await self._expect(call)).chunk.data)
-                    progress(file.tell(), header.size_bytes)
+                    progress(file.tell(), size_bytes)
                 return header
             finally:
                 call.cancel()
 
         header = await self._repeat(attempt)
         file.seek(0)
-        if hashlib.file_digest(file, "sha256").digest() != header.sha256:
-            raise ChecksumMismatch(
-                f"version {header.version} of {request.run} arrived with another sha256 than the server recorded; "
-                "export it again"
-            )
+        what, _, sha256 = described(header)
+        if hashlib.file_digest(file, "sha256").digest() != sha256:
+            raise ChecksumMismatch(f"{what} arrived with another sha256 than the server recorded; ask for it again")
         return header
 
     async def _upload(
-        self, header: pb.CreateRunHeader, data: bytes, chunks: Iterator[tuple[int, int]], progress: Progress
-    ) -> run_pb2.Run:
-        async def messages(patience: asyncio.Timeout) -> AsyncIterator[pb.CreateRunRequest]:
-            for message, done in _messages(header, data, chunks):
-                yield message
+        self,
+        method: Upload[AnswerT],
+        message: Callable[..., Any],
+        header: Any,
+        data: bytes,
+        progress: Progress,
+    ) -> AnswerT:
+        """Sends a header and a payload in chunks, from the first byte as often as it takes."""
+
+        async def messages(patience: asyncio.Timeout) -> AsyncIterator[Message]:
+            for each, done in _messages(message, header, data):
+                yield each
                 progress(done, len(data))
                 patience.reschedule(asyncio.get_running_loop().time() + RESPONSE_TIMEOUT_S)
 
-        try:
-            async with asyncio.timeout(RESPONSE_TIMEOUT_S) as patience:
-                call = self._stub.CreateRun(messages(patience))
-                end = EndStatus(call)
-                return (await call).run
-        except TimeoutError:
-            raise self._unreachable() from None
-        except grpc.aio.AioRpcError as error:
-            raise await end.error() from error
+        async def attempt() -> AnswerT:
+            try:
+                async with asyncio.timeout(RESPONSE_TIMEOUT_S) as patience:
+                    call = method(messages(patience))
+                    end = EndStatus(call)
+                    answer: AnswerT = await call
+                    return answer
+            except TimeoutError:
+                raise self._unreachable() from None
+            except grpc.aio.AioRpcError as error:
+                raise await end.error() from error
+
+        return await self._repeat(attempt)
 
     async def _repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Makes an attempt until it gives an answer; only an unavailable server is worth another.
@@ -415,11 +445,10 @@ class OperatorClient(AccessCalls):
         except TimeoutError:
             raise self._unreachable() from None
 
-    async def _expect(
-        self, call: grpc.aio.UnaryStreamCall[pb.DownloadAdapterRequest, pb.DownloadAdapterResponse]
-    ) -> pb.DownloadAdapterResponse:
+    async def _expect(self, call: grpc.aio.UnaryStreamCall[Any, Any]) -> Any:
+        """Returns the next message of a download."""
         message = await self._within(call.read())
-        if not isinstance(message, pb.DownloadAdapterResponse):  # grpc.aio.EOF
+        if not isinstance(message, Message):  # grpc.aio.EOF
             raise ServerUnreachable(f"the server at {self._server} ended the download before the file ended")
         return message
 
@@ -456,11 +485,11 @@ def for_looking(connect: Connect) -> Connect:
     return made
 
 
-def _messages(
-    header: pb.CreateRunHeader, data: bytes, chunks: Iterator[tuple[int, int]]
-) -> Iterator[tuple[pb.CreateRunRequest, int]]:
+def _messages(message: Callable[..., Any], header: Message, data: bytes) -> Iterator[tuple[Message, int]]:
     """Yields the messages of an upload, each with the payload bytes sent once it is."""
-    yield pb.CreateRunRequest(header=header), 0
-    for offset, length in chunks:
+    from fedpeft.adapters.payload import chunks  # here for the same reason
+
+    yield message(header=header), 0
+    for offset, length in chunks(0, len(data)):
         chunk = tensor_pb2.Chunk(offset=offset, data=data[offset : offset + length])
-        yield pb.CreateRunRequest(chunk=chunk), offset + length
+        yield message(chunk=chunk), offset + length

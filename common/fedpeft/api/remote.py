@@ -348,7 +348,7 @@ class Run:
         Raises:
             BackboneMismatch: If the weights here are not those that the run was made with.
         """
-        from fedpeft.api.restored import restored
+        from fedpeft.export.restored import restored
         from fedpeft.rpc.wire import config_from_proto
 
         with tempfile.TemporaryDirectory() as folder:

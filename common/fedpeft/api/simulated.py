@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.api.remote import RunFile, Scored, configured
 from fedpeft.api.round_table import COLUMNS, of_json
+from fedpeft.export.recorded import recorded_sha256
 from fedpeft.frames import frame_of, table_html
 from fedpeft.paths import path_of
-from fedpeft.rounds.recorded import recorded_sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -180,7 +180,7 @@ class Simulation:
             BackboneMismatch: If the weights here are not those of the simulation.
             BlobCorrupt: If the adapter file is missing, or has another digest than its record says.
         """
-        from fedpeft.api.restored import restored
+        from fedpeft.export.restored import restored
 
         fingerprint = str(self.report["backbone_fingerprint"])
         given = None if weights is None else path_of(weights, "weights")

@@ -41,6 +41,9 @@ class Codec(ABC):
     clients hold and pass on, and sections go in another encoding."""
     contracts: bool = True
     """False if the expected squared error can be larger than the values themselves: error feedback would add it up."""
+    is_sum: bool = False
+    """True if what is written are sums of updates times their weights, of which no run has its encoding: a reader has
+    them to more than float32, and what a writer makes of float32 values is not all that there is."""
 
     def seeded(self, seed: int) -> Codec:
         """Returns the codec that draws from `seed`, a number of up to 63 bits: itself, if it draws nothing."""

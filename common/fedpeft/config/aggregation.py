@@ -17,6 +17,10 @@ class AggregationConfig(OptionedSection):
     norm_factor: Annotated[float, Field(ge=0, le=1e9)] | None = None
     """An update is folded up to so many times the median norm of its round and those before; 30 if absent, 0: any."""
 
+    exact_sum: bool | None = None
+    """True: updates are added up exactly, whatever their order and grouping, and may be sums of several, as edges of a
+    hierarchy send them; if absent they are added in float64 in the order of client ids."""
+
     @field_validator("norm_factor")
     @classmethod
     def _above_the_median(cls, factor: float | None) -> float | None:

@@ -30,8 +30,11 @@ class CodecConfig(Section):
     @classmethod
     def _of_updates(cls, name: str) -> str:
         # The registry knows sparse with the encoding of its values; a run file names that beside it.
-        known = sorted({each.partition("+")[0] for each in registry_of("fedpeft.codecs").names()})
-        if name not in known:
+        registry = registry_of("fedpeft.codecs")
+        if name not in {each.partition("+")[0] for each in registry.names()} or (
+            name in registry and registry.get(name).is_sum
+        ):
+            known = sorted({each.partition("+")[0] for each in registry.names() if not registry.get(each).is_sum})
             raise ValueError(f"there is no encoding {name!r}; there are: {', '.join(known)}")
         return name
 
@@ -43,6 +46,8 @@ class CodecConfig(Section):
             registry.get(registered("fedpeft.codecs", name)).is_sparse
         ):
             raise ValueError(f"{name!r} is sparse, and a version has all of its values")
+        if registry.get(name).is_sum:
+            raise ValueError(f"{name!r} is of sums of updates, and not of versions")
         if registry.get(name).is_random:
             raise ValueError(f"{name!r} rounds at random, and all copies of a version have the same bytes")
         return name

@@ -49,7 +49,8 @@ class RoundsConfig(Section):
     """Seed of the run: sampling, initialisation and local training derive from it."""
     policy: Annotated[str, known_in("fedpeft.rounds.policies")] | None = None
     """synchronous (if absent): a round's updates all start from the version before it. buffered: `concurrency` clients
-    always train, and the next `clients` updates that come make a version, whichever version they start from."""
+    always train, and the next `clients` updates that come make a version, whichever version they start from. relayed:
+    a round makes a sum for a parent's server, and the versions come from there (an edge's agent makes such runs)."""
     concurrency: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Clients that train at once in buffered rounds; if absent as many as `clients` and `over_selection` say."""
     max_staleness: Annotated[int, Field(ge=0, le=1_000_000)] | None = None

@@ -25,6 +25,7 @@
     │   ├── RunNotFound
     │   ├── VersionNotFound
     │   │   └── VersionRemoved    its files were removed by the server's retention
+    │   ├── SumNotFound
     │   ├── TicketNotFound
     │   ├── ClientNotFound
     │   ├── TokenNotFound
@@ -41,6 +42,9 @@
     │   ├── RoundClosed           the update came too late; it goes into the residual
     │   ├── TicketClosed          the ticket was withdrawn or refused
     │   ├── UpdateExcluded        the update was received and not folded; it goes into the residual
+    │   ├── RunNotRelayed         the run makes its versions itself
+    │   ├── RunRelayed            a parent's server makes its versions
+    │   ├── VersionSuperseded     a parent's version came after a later one
     │   ├── RunFinished
     │   ├── RunNotFinished
     │   ├── NoAuthority           the server cannot issue certificates
@@ -145,6 +149,7 @@ from fedpeft.errors.existence import (
     NotFound,
     RequestIdReused,
     RunNotFound,
+    SumNotFound,
     TicketNotFound,
     TokenNotFound,
     UpdateDiffers,
@@ -201,9 +206,12 @@ from fedpeft.errors.preconditions import (
     RoundClosed,
     RunFinished,
     RunNotFinished,
+    RunNotRelayed,
+    RunRelayed,
     SelfRevocation,
     TicketClosed,
     UpdateExcluded,
+    VersionSuperseded,
 )
 from fedpeft.errors.root import (
     FedpeftError,
@@ -274,6 +282,8 @@ __all__ = [
     "RunFinished",
     "RunNotFinished",
     "RunNotFound",
+    "RunNotRelayed",
+    "RunRelayed",
     "RunsInvalid",
     "SelfRevocation",
     "ServerUnreachable",
@@ -283,6 +293,7 @@ __all__ = [
     "StateInvalid",
     "StoreUnavailable",
     "SubjectInvalid",
+    "SumNotFound",
     "TicketClosed",
     "TicketNotFound",
     "TicketOfAnother",
@@ -306,6 +317,7 @@ __all__ = [
     "VersionBeingMade",
     "VersionNotFound",
     "VersionRemoved",
+    "VersionSuperseded",
     "of_reason",
     "of_status",
     "tree",

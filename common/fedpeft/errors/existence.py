@@ -23,6 +23,10 @@ class VersionRemoved(VersionNotFound):
     """The files of the adapter version were removed by the server's retention; its record is there."""
 
 
+class SumNotFound(NotFound):
+    """The run has no sum of that round."""
+
+
 class TicketNotFound(NotFound):
     """No ticket of that id."""
 

@@ -35,6 +35,18 @@ class UpdateExcluded(FailedPrecondition):
     """The update was received, and was not folded when its round closed."""
 
 
+class RunNotRelayed(FailedPrecondition):
+    """The run makes its versions itself, and is not the part of a parent's run."""
+
+
+class RunRelayed(FailedPrecondition):
+    """The run is the part of a parent's run, which makes its versions."""
+
+
+class VersionSuperseded(FailedPrecondition):
+    """The parent's version came after a later one."""
+
+
 class RunFinished(FailedPrecondition):
     """The run is completed or stopped."""
 

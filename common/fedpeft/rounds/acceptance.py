@@ -9,17 +9,20 @@ Three steps, in this order, because a server has the header of an update before 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.aggregation import strategy
 from fedpeft.aggregation.low_rank.ranks import as_claimed
+from fedpeft.codecs.sum128 import SUM128
 from fedpeft.config import RunConfig
 from fedpeft.errors import ExamplesInvalid, ManifestInvalid
 from fedpeft.privacy.transforms import transforms_of
 from fedpeft.rounds import metric_values
+from fedpeft.rounds.contributions import is_sum
 from fedpeft.rounds.tickets import Ticket
 
 
@@ -42,7 +45,11 @@ def check_tensors(manifest: Manifest, number: int, config: RunConfig, spec: Adap
         ManifestInvalid: If its tensors or encodings are others.
     """
     rule = strategy(config.aggregation.strategy, config.aggregation.options)
-    payload.check_manifest(manifest, as_claimed(rule, spec.sent(number), manifest), (config.codec.encoding,))
+    encodings = [config.codec.encoding] + ([SUM128.name] if config.aggregation.exact_sum else [])
+    payload.check_manifest(manifest, as_claimed(rule, spec.sent(number), manifest), encodings)
+    if len({entry.encoding == SUM128.name for entry in manifest.entries}) > 1:
+        text = f"are partly {SUM128.name}: an update is a sum of several with all of its tensors, or with none"
+        raise ManifestInvalid(f"the tensors {text}", (("tensors", text),))
 
 
 def check_claims(examples: int, metrics: Mapping[str, float], declared: int | None = None) -> None:
@@ -64,8 +71,21 @@ def check_claims(examples: int, metrics: Mapping[str, float], declared: int | No
     metric_values.check(metrics, metric_values.MAX_TRAINING)
 
 
+def norm_of(manifest: Manifest, data: memoryview, examples: int, release: Callable[[], object] | None = None) -> float:
+    """Returns the Euclidean norm of an update whose payload was checked; of a sum of several, that of their mean.
+
+    Args:
+        manifest: Description of the payload.
+        data: Its bytes.
+        examples: Examples of the update, or of all in the sum.
+        release: Called now and then to give back what was read of a mapped file.
+    """
+    norm = math.sqrt(payload.squared_norm(manifest, data, release))
+    return norm / examples if is_sum(manifest) else norm
+
+
 def check_norm(norm: float, config: RunConfig) -> None:
-    """Checks the Euclidean norm of an update, whose payload was checked (`fedpeft.adapters.payload.squared_norm`).
+    """Checks the Euclidean norm of an update, as `norm_of` gives it.
 
     Raises:
         PayloadInvalid: If it cannot have passed the run's transforms.

@@ -120,6 +120,23 @@ def _noised(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
         yield "privacy.target_epsilon", f"allows no round: {why}"
 
 
+def _exact(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
+    """Finds what more is made of updates than one sum that is added up exactly, or what would not be exact."""
+    if not config.aggregation.exact_sum:
+        return
+    field = "aggregation.exact_sum"
+    if not _strategy(config).sees_one_mean:
+        name = config.aggregation.strategy
+        yield field, f"does not go with strategy {name!r}, which makes more of the updates than a mean"
+    if not _policy(config).one_version:
+        yield field, f"does not go with rounds.policy {config.rounds.policy_name!r}: a sum starts from one version"
+    if spec.sections:
+        what = f"section {spec.sections[0].name!r} of algorithm {_algorithm_name(config)!r}"
+        yield field, f"does not go with {what}, which is added up apart"
+    if central_of(config) is not None:
+        yield field, 'does not go with privacy.mechanism "central", whose noise is for a sum of updates of one bound'
+
+
 def _of_a_client(config: RunConfig) -> Iterator[Fault]:
     """Finds a delta that protects no client."""
     delta, clients = (config.privacy and config.privacy.delta) or 0.0, config.rounds.clients
@@ -153,7 +170,7 @@ def _noised_by_steps(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
         yield "training.precision", f'{text}; take "auto", "bfloat16" or "float32"'
 
 
-_RULES = (_asked, _derived, _ranked, _stale, _scaled, _scheduled, _noised, _noised_by_clients, _noised_by_steps)
+_RULES = (_asked, _derived, _ranked, _stale, _scaled, _scheduled, _exact, _noised, _noised_by_clients, _noised_by_steps)
 
 
 def _strategy(config: RunConfig) -> Strategy:

@@ -5,6 +5,7 @@ The daemon and the simulation both call this, which is why they give the same by
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +28,9 @@ from fedpeft.privacy.events import Event
 from fedpeft.privacy.round_privacy import round_privacy_of
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.process.mapped_files import releaser
-from fedpeft.rounds.fold import Contribution, Overflow, State, fold_tensors
+from fedpeft.rounds.contributions import Contribution, Overflow
+from fedpeft.rounds.fold import State, fold_sums, fold_tensors
+from fedpeft.rounds.policies import policies
 from fedpeft.rounds.record import Contributed, Excluded, Record, digest
 from fedpeft.rounds.screening import FACTOR, Extent, NormBound, bound, local_steps, median
 
@@ -97,7 +100,7 @@ class Outcome:
     """Result of folding a round.
 
     Attributes:
-        adapter: The next version's file.
+        made: The file that it made: the next version's, or that of the sum.
         state_sha256: Digest of the strategy's state file; empty if it keeps none.
         weights: Share in the mean, by ticket; they sum to 1.
         record: Canonical JSON of the round's record.
@@ -110,7 +113,7 @@ class Outcome:
         overspent: Reason for which the next round must not be held; empty if it may be.
     """
 
-    adapter: Written
+    made: Written
     state_sha256: str
     weights: dict[str, float]
     record: str
@@ -138,10 +141,10 @@ def _create(path: Path) -> BinaryIO:
     return path.open("wb")
 
 
-def write_first(header: RunHeader, tensors: Tensors, path: Path) -> Written:
-    """Writes the file of version 0."""
+def write_version(header: RunHeader, tensors: Tensors, path: Path, version: int = 0) -> Written:
+    """Writes the file of a version that no round here made: the first one, or that of a parent's server."""
     with path.open("wb") as stream:
-        return adapter_file.write_adapter(stream, header.info(0), header.spec.shared, tensors)
+        return adapter_file.write_adapter(stream, header.info(version), header.spec.shared, tensors)
 
 
 def fold_round(
@@ -170,7 +173,8 @@ def fold_round(
         base: The version before, from which the updates started that are not stale.
         state: The strategy's state of that version, if it keeps any.
         previous: Digest of the record before; empty for round 1.
-        folder: Target folder; both files are made, the state's empty of tensors if the strategy keeps none.
+        folder: Target folder; both files are made, the state's empty of tensors if the strategy keeps none. Where a
+            parent's server makes the versions, it is one file, `sum`: the payload of the sum that is sent there.
         create: Opens a new file for writing.
         past: Medians of the comparable rounds before; see `fedpeft.rounds.screening`.
         screened: True if updates are judged; False where a record says which were folded. With noise none is judged:
@@ -200,7 +204,7 @@ def fold_round(
     record = _record(files, updates, folded, verdict, previous, events)
     spent = (u.metrics.get(EPSILON, 0.0) for u in kept)
     return Outcome(
-        folded.adapter,
+        folded.made,
         folded.state_sha256,
         folded.shares,
         record,
@@ -273,6 +277,11 @@ class _Files:
         """The aggregation strategy."""
         return strategy(self.header.config.aggregation.strategy, self.header.config.aggregation.options)
 
+    @property
+    def makes_version(self) -> bool:
+        """True if the round makes a version, and not a sum."""
+        return policies.get(self.header.config.rounds.policy_name).makes_versions
+
 
 @dataclass(frozen=True, slots=True)
 class _Folded:
@@ -282,14 +291,14 @@ class _Folded:
         updates: Those that were folded.
         weights: By ticket.
         figures: Of the strategy.
-        adapter: The adapter file.
+        made: The adapter file, or that of the sum.
         state_sha256: Digest of the state file.
     """
 
     updates: list[Update]
     weights: dict[str, float]
     figures: dict[str, float]
-    adapter: Written
+    made: Written
     state_sha256: str
 
     @property
@@ -315,15 +324,18 @@ def _fold(
         ]
         figures: dict[str, float] = {}
         try:
-            adapter, state_sha256 = _write(
-                files, rule, contributions, clips=clips, noised=noised, measured=figures.update
-            )
+            if files.makes_version:
+                made, state_sha256 = _write(
+                    files, rule, contributions, clips=clips, noised=noised, measured=figures.update
+                )
+            else:
+                made, state_sha256 = _write_sum(files, rule, contributions), ""
         except Overflow as error:
             ticket = next(u.ticket for u in kept if u.client == error.client)
             verdict.exclude(ticket, "overflow", str(error))
             continue
         weights = {u.ticket: noised.weights[u.client] if noised else rule.weigh(facts[u.client]) for u in kept}
-        return _Folded(kept, weights, figures, adapter, state_sha256)
+        return _Folded(kept, weights, figures, made, state_sha256)
     raise RoundEmptied(verdict.words)
 
 
@@ -344,7 +356,8 @@ def _record(
         contributions=tuple(_contributed(u, folded.weights[u.ticket]) for u in folded.updates),
         strategy=header.config.aggregation.strategy,
         options=files.rule.options.model_dump(mode="json"),
-        adapter_sha256=folded.adapter.sha256,
+        adapter_sha256=folded.made.sha256 if files.makes_version else "",
+        sum_sha256="" if files.makes_version else folded.made.sha256,
         state_sha256=folded.state_sha256,
         previous_sha256=previous,
         excluded=tuple(_excluded(u, verdict.reasons[u.ticket]) for u in updates if u.ticket in verdict.reasons),
@@ -427,7 +440,7 @@ def _write(
 ) -> tuple[Written, str]:
     """Folds contributions into the files; returns the adapter's, and the digest of the state's."""
     header, base, state = files.header, files.base, files.state
-    info, specs = header.info(files.number), header.spec.shared
+    info, specs, exact = header.info(files.number), header.spec.shared, bool(header.config.aggregation.exact_sum)
     with ExitStack() as stack:
         old = stack.enter_context(adapter_file.open_adapter(base.path, base.sha256))
         kept: State = {}
@@ -440,12 +453,22 @@ def _write(
         shared = header.spec.adapter.shared
         state_out = adapter_file.state_writer(to_state, info, shared, rule.slots, rule.shared_slots)
         for tensor in fold_tensors(
-            contributions, specs, rule, old, kept, clips=clips, noised=noised, measured=measured
+            contributions, specs, rule, old, kept, clips=clips, noised=noised, measured=measured, exact=exact
         ):
             adapter_out.add(tensor.values)
             for slot in tensor.state:  # in the strategy's order; other sections than the adapter have none
                 state_out.add(tensor.state[slot])
     return adapter_out.finish(), state_out.finish().sha256 if rule.slots else ""
+
+
+def _write_sum(files: _Files, rule: Strategy, contributions: Sequence[Contribution]) -> Written:
+    sha256, size_bytes = hashlib.sha256(), 0
+    with files.create(files.folder / "sum") as stream:
+        for piece in fold_sums(contributions, files.header.spec.sent(files.number), rule):
+            stream.write(piece)
+            sha256.update(piece)
+            size_bytes += len(piece)
+    return Written(sha256.hexdigest(), size_bytes)
 
 
 def _figures(updates: Sequence[Update]) -> dict[str, float]:

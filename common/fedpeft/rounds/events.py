@@ -88,6 +88,13 @@ class RolledBack:
 
 
 @dataclass(frozen=True, slots=True)
+class Supplied:
+    """A version of the parent's run is here: rounds up to its number are over, and the one after it may open."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stopped:
     """The run was stopped: nothing more is taken and nothing will be folded, whatever comes after."""
 
@@ -106,6 +113,7 @@ Event = (
     | Lost
     | Aggregated
     | RolledBack
+    | Supplied
     | Stopped
 )
 

@@ -21,12 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.adapters.payload import Manifest, Tensors
+from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.spec import ADAPTER, Section, TensorRole, TensorSpec
 from fedpeft.aggregation import BlockStrategy, Cohort, Doubles, GroupStrategy, Norms, Options, Strategy, UpdateFacts
-from fedpeft.codecs import BLOCK_ELEMENTS, Values, codecs
+from fedpeft.codecs import BLOCK_ELEMENTS
+from fedpeft.codecs.sum128 import SUM128, ExactSum
 from fedpeft.errors import Internal
 from fedpeft.privacy.central import NoisedSum
+from fedpeft.rounds.contributions import Contribution, Overflow, blocks_of, exact_sums
 
 RESIDENT_BYTES = 8 * 1024 * 1024
 """Bytes read of mapped payloads, all together, before their pages are given back."""
@@ -41,38 +43,6 @@ LARGEST = float(np.finfo(np.float32).max)
 
 State = Mapping[str, Mapping[str, Doubles]]
 """Server state: by slot, then by tensor."""
-
-
-class Overflow(Exception):
-    """A value of the result would be beyond float32.
-
-    Attributes:
-        client: The one whose update is the largest part of it.
-    """
-
-    def __init__(self, client: str, tensor: str, value: float) -> None:
-        super().__init__(f"with its value {value:.3g} tensor {tensor} would leave the range of float32")
-        self.client = client
-
-
-@dataclass(frozen=True, slots=True)
-class Contribution:
-    """One client's update, checked.
-
-    Attributes:
-        client: The client's id.
-        facts: Facts that decide its weight.
-        manifest: Description of the payload.
-        payload: The payload's bytes, best a mapped file.
-        release: Called now and then to give back pages that were read, so that resident memory stays flat; for a
-            mapped file `fedpeft.process.mapped_files.releaser(payload)`.
-    """
-
-    client: str
-    facts: UpdateFacts
-    manifest: Manifest
-    payload: memoryview
-    release: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +94,7 @@ def fold_tensors(
     clips: bool = False,
     measured: Callable[[Mapping[str, float]], object] | None = None,
     noised: NoisedSum | None = None,
+    exact: bool = False,
 ) -> Iterator[FoldedTensor]:
     """Yields the tensors of the next version in the order of `specs`.
 
@@ -143,6 +114,8 @@ def fold_tensors(
         measured: Called with the strategy's figures of the round, before the first tensor.
         noised: Rule of a sum with noise; the strategy must see one mean (`Strategy.sees_one_mean`), and `clips` be
             True, for leaving out an update would say something about it.
+        exact: True if the updates are added up exactly (`fedpeft.codecs.sum128`), and may be sums of several; the
+            strategy must see one mean.
 
     Raises:
         Overflow: If a value would be beyond float32; names the client whose update is the largest part of it.
@@ -152,11 +125,13 @@ def fold_tensors(
     weights = weigh(contributions, strategy) if noised is None else noised.weights
     ordered = sorted(contributions, key=lambda c: c.client)
     sent = _sent(ordered)
-    updates = {ADAPTER: _Updates(ordered, weights, strategy, block, noised)}
+    updates = {ADAPTER: _Updates(ordered, weights, strategy, block, noised, exact=exact)}
     for section in {spec.section for spec in specs} - {ADAPTER}:
         updates[section] = _Updates(ordered, dict.fromkeys(weights, 1.0), SectionSum(section), block)
     if noised is not None and not (strategy.sees_one_mean and clips and len(updates) == 1):
         raise Internal("noise was asked for where the updates do not enter by one sum alone")
+    if exact and not (strategy.sees_one_mean and noised is None and len(updates) == 1):
+        raise Internal("an exact sum was asked for where the updates do not enter by one sum alone")
     rule = strategy.of_round(_cohort(ordered, weights, strategy, specs, sent))
     if measured is not None:
         measured(rule.figures())
@@ -176,6 +151,33 @@ def fold_tensors(
             sources = grouped.sources(spec.name)
             found = own.loudest(sources) if sources else own.largest(sent.index(spec.name), beyond.position)
             raise Overflow(found[0], spec.name, found[1]) from None
+
+
+def fold_sums(
+    contributions: Sequence[Contribution], specs: Sequence[TensorSpec], strategy: Strategy
+) -> Iterator[bytes]:
+    """Yields the exact sum of the updates, each times its weight, block by block, as `sum128` writes it.
+
+    Args:
+        contributions: As in `fold_tensors`.
+        specs: The tensors that the updates hold, in their order; all of the adapter.
+        strategy: The aggregation strategy; it must see one mean.
+
+    Raises:
+        Overflow: If a sum is too large; names the client whose update is the largest part of it.
+        Internal: As in `fold_tensors`.
+    """
+    weights = weigh(contributions, strategy)
+    updates = _Updates(sorted(contributions, key=lambda c: c.client), weights, strategy, BLOCK_ELEMENTS)
+    if [spec.name for spec in specs] != _sent(updates.ordered):
+        raise Internal("the updates have other tensors than the round sends")
+    for index, spec in enumerate(specs):
+        for _, total in updates.exact_sums(index, spec.size):
+            try:
+                yield SUM128.write(*total.total())
+            except OverflowError:
+                client, value = updates.loudest([index])
+                raise Overflow(client, spec.name, value, "the range of exact sums") from None
 
 
 def _sent(ordered: Sequence[Contribution]) -> list[str]:
@@ -292,6 +294,7 @@ class _Updates:
         strategy: The aggregation strategy.
         block: Elements at once.
         noised: Rule of a sum with noise.
+        exact: True if they are added up exactly.
 
     Raises:
         Internal: If the strategy's divisor is not finite and positive.
@@ -304,8 +307,11 @@ class _Updates:
         strategy: Strategy,
         block: int,
         noised: NoisedSum | None = None,
+        *,
+        exact: bool = False,
     ) -> None:
         self.ordered = ordered
+        self._exact = exact
         self._factors = [weights[contribution.client] for contribution in ordered]
         self._noised = noised
         self._divisor = strategy.divisor([contribution.facts for contribution in ordered], self._factors)
@@ -326,7 +332,14 @@ class _Updates:
         """
         if isinstance(self.strategy, BlockStrategy):
             return self._reduced(self.strategy, index, size)
+        if self._exact:
+            sums = self.exact_sums(index, size)
+            return ((start, total.quotient(self._divisor)) for start, total in sums)
         return self._sums(index, size)
+
+    def exact_sums(self, index: int, size: int) -> Iterator[tuple[int, ExactSum]]:
+        """Yields (start, the exact sum of a block) of the tensor at `index` of the manifests; not divided."""
+        return exact_sums(self.ordered, self._factors, index, size, self._block, self._release)
 
     def shares(self) -> list[float]:
         """Returns each client's part of all weights, in client-id order."""
@@ -346,7 +359,7 @@ class _Updates:
 
     def _sums(self, index: int, size: int, squares: Doubles | None = None) -> Iterator[tuple[int, Doubles]]:
         """Yields blocks of the weighted sum; adds each client's squares, before they are weighted, to `squares`."""
-        readers = [_values(contribution, index, self._block) for contribution in self.ordered]
+        readers = [blocks_of(contribution, index, self._block) for contribution in self.ordered]
         for start in range(0, size, self._block):
             mean = self._whole[: min(self._block, size - start)]
             mean.fill(0)
@@ -367,7 +380,7 @@ class _Updates:
 
     def _reduced(self, strategy: BlockStrategy, index: int, size: int) -> Iterator[tuple[int, Doubles]]:
         block = max(1, min(self._block, SIDE_BY_SIDE_BYTES // (8 * len(self.ordered))))
-        readers = [_values(contribution, index, block) for contribution in self.ordered]
+        readers = [blocks_of(contribution, index, block) for contribution in self.ordered]
         weights = np.array(self._factors)
         for start in range(0, size, block):
             rows = np.empty((len(readers), min(block, size - start)))
@@ -381,7 +394,7 @@ class _Updates:
         """Returns the client whose weighted value at a place of a tensor is the largest, and the value."""
         found = ("", 0.0, -1.0)
         for contribution, factor in zip(self.ordered, self._factors, strict=True):
-            for start, values in _values(contribution, index, self._block):
+            for start, values in blocks_of(contribution, index, self._block):
                 if start <= position < start + values.size:
                     value = float(values[position - start])
                     found = max(found, (contribution.client, value, abs(value) * factor), key=lambda each: each[2])
@@ -393,7 +406,7 @@ class _Updates:
         found = ("", 0.0, -1.0)
         for contribution, factor in zip(self.ordered, self._factors, strict=True):
             for index in indices:
-                for _, values in _values(contribution, index, self._block):
+                for _, values in blocks_of(contribution, index, self._block):
                     value = float(values[np.abs(values).argmax()])
                     found = max(found, (contribution.client, value, abs(value) * factor), key=lambda each: each[2])
         return found[0], found[1]
@@ -460,16 +473,10 @@ class _Grouped:
         place = self._sent.index(name)
         shape = contribution.manifest.entries[place].shape
         values = np.empty(math.prod(shape))
-        for start, piece in _values(contribution, place, self._block):
+        for start, piece in blocks_of(contribution, place, self._block):
             values[start : start + piece.size] = piece
         if shape == self._shapes[name]:
             return values.reshape(shape)
         whole = -self._base[name].astype(np.float64)  # beyond its rank a client holds zeros
         whole[tuple(slice(size) for size in shape)] = values.reshape(shape)
         return whole
-
-
-def _values(contribution: Contribution, index: int, block: int) -> Iterator[tuple[int, Values]]:
-    entry = contribution.manifest.entries[index]
-    data = contribution.payload[entry.offset : entry.offset + entry.length]
-    return codecs.get(entry.encoding).blocks(data, math.prod(entry.shape), block)

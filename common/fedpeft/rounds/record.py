@@ -21,10 +21,10 @@ from fedpeft.errors import BlobCorrupt
 from fedpeft.privacy.events import Event
 from fedpeft.rounds.screening import NormBound
 
-PLAIN, PARTLY, FORMAT = 1, 2, 3
+PLAIN, PARTLY, FULL, FORMAT = 1, 2, 3, 4
 """Format 1 has no keys but those of a round of which everything was folded; 2 is for the others, 3 for rounds with a
-stale update, sections beside the adapter, or events."""
-_OPTIONAL = ("excluded", "bound", "rolled_back_to", "sections", "events")
+stale update, sections beside the adapter, or events; 4 for rounds that made a sum."""
+_OPTIONAL = ("excluded", "bound", "rolled_back_to", "sections", "events", "sum_sha256")
 """Keys that a record has only where there is something to say."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -84,7 +84,7 @@ class Record:
         contributions: Folded updates, sorted by client.
         strategy: Name of the aggregation strategy.
         options: All its options, defaults included.
-        adapter_sha256: Digest of the resulting adapter file.
+        adapter_sha256: Digest of the resulting adapter file; empty if the round made a sum.
         state_sha256: Digest of the resulting server-state file; empty if the strategy has none.
         previous_sha256: Digest of the record before; empty for round 1.
         excluded: Updates that were received and not folded, sorted by client.
@@ -92,6 +92,7 @@ class Record:
         sections: The sections beside the adapter, sorted by name, each with its divisor and encoding.
         events: Events of the folded updates; see `fedpeft.privacy.events`.
         rolled_back_to: The version whose tensors and state this one has, where nothing was folded; else None.
+        sum_sha256: Digest of the payload of the sum, which the round made for a parent's server; else empty.
     """
 
     run: str
@@ -108,19 +109,21 @@ class Record:
     rolled_back_to: int | None = None
     sections: tuple[Section, ...] = ()
     events: tuple[Event, ...] = ()
+    sum_sha256: str = ""
 
     def to_json(self) -> str:
         """Returns the canonical JSON."""
         data = asdict(self)
-        unsaid = [key for key in _OPTIONAL if data[key] in (None, ())]
+        unsaid = [key for key in _OPTIONAL if data[key] in (None, (), "")]
         form = PLAIN if len(unsaid) == len(_OPTIONAL) else PARTLY
         if self.sections or self.events:
-            form = FORMAT
+            form = FULL
         for contribution in data["contributions"]:
             if contribution["staleness"]:
-                form = FORMAT
+                form = FULL
             else:
                 del contribution["staleness"]
+        form = FORMAT if self.sum_sha256 else form
         return json.dumps(
             {"format": form, **{key: value for key, value in data.items() if key not in unsaid}},
             sort_keys=True,
@@ -150,7 +153,7 @@ def parse(record_json: str) -> Record:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise BlobCorrupt(f"this is not the record of a round: {fault}") from None
-    if form not in (PLAIN, PARTLY, FORMAT):
+    if form not in (PLAIN, PARTLY, FULL, FORMAT):
         raise BlobCorrupt(f"the record has format {form!r}; this version reads {PLAIN} to {FORMAT}")
     if record.to_json() != record_json:
         raise BlobCorrupt(f"the record of round {record.round} is not in canonical form")
@@ -165,6 +168,9 @@ def ledger(records: Iterable[Record]) -> list[tuple[int, Event]]:
 def verify_chain(records: Sequence[str]) -> None:
     """Checks that records are those of rounds 1, 2, ... of one run, each built on the one before.
 
+    Rounds that made a sum for a parent's server start from versions that are supplied, and some numbers are missing:
+    those of the parent's rounds without them.
+
     That the last one is the right one only its own digest, kept elsewhere, can say.
 
     Args:
@@ -175,11 +181,11 @@ def verify_chain(records: Sequence[str]) -> None:
     """
     before: Record | None = None
     previous = ""
-    for number, text in enumerate(records, 1):
+    for place, text in enumerate(records, 1):
         record = parse(text)
-        fault = _fault(record, number, previous, before)
+        fault = _fault(record, record.round if record.sum_sha256 else place, previous, before)
         if fault:
-            raise BlobCorrupt(f"record {number} of {len(records)}: {fault}")
+            raise BlobCorrupt(f"record {place} of {len(records)}: {fault}")
         before, previous = record, digest(text)
 
 
@@ -188,12 +194,13 @@ def _fault(record: Record, number: int, previous: str, before: Record | None) ->
     clients = [contributed.client for contributed in record.contributions]
     left_out = [excluded.client for excluded in record.excluded]
     received = [c.sha256 for c in record.contributions] + [e.sha256 for e in record.excluded]
-    digests = [record.base_sha256, record.adapter_sha256, *received]
+    digests = [record.base_sha256, record.sum_sha256 or record.adapter_sha256, *received]
     digests += [d for d in (record.state_sha256, record.previous_sha256) if d]
     faults = {
         f"it is of round {record.round}": record.round != number,
         f"its previous_sha256 is not {previous or 'empty'}": record.previous_sha256 != previous,
         "no update was folded": not clients and record.rolled_back_to is None,
+        "it has both a sum and a version": bool(record.sum_sha256 and record.adapter_sha256),
         "it folds updates and goes back to a version": bool(received) and record.rolled_back_to is not None,
         f"it goes back to version {record.rolled_back_to}": not 0 <= (record.rolled_back_to or 0) < number,
         "its clients are not sorted, each once": clients != sorted(set(clients)) or left_out != sorted(set(left_out)),
@@ -213,6 +220,10 @@ def _fault(record: Record, number: int, previous: str, before: Record | None) ->
     if before is not None:
         faults |= {
             f"it is of run {record.run}, not {before.run}": record.run != before.run,
-            "it does not start from the adapter of the record before": record.base_sha256 != before.adapter_sha256,
+            f"it is of round {record.round}, and the one before of round {before.round}": record.round <= before.round,
+            "it makes a sum where others make a version, or a version where others make a sum": bool(record.sum_sha256)
+            != bool(before.sum_sha256),
+            "it does not start from the adapter of the record before": not record.sum_sha256
+            and record.base_sha256 != before.adapter_sha256,
         }
     return next((text for text, wrong in faults.items() if wrong), "")

@@ -17,6 +17,9 @@ Where tickets outlive their round (`RoundPolicy.one_version` is False) the next 
 if anybody still works, and else for whoever comes first; a round takes updates until the goal, or the deadline with a
 quorum; and what comes while a version is being made waits for the next one (`VersionBeingMade`).
 
+Where another server makes the versions (`RoundPolicy.makes_versions` is False) a round makes a sum, and opens only once
+the version before it was supplied. One that is not over when a later version comes is stopped.
+
 Who gets tickets, and what becomes of those still out when a round closes, is the run's policy (`RoundPolicy`).
 """
 
@@ -52,6 +55,7 @@ from fedpeft.rounds.events import (
     Resumed,
     RolledBack,
     Stopped,
+    Supplied,
     TimePassed,
     Waiting,
     Withdrawn,
@@ -176,6 +180,8 @@ class RoundPolicy(ABC):
     has_clock: ClassVar[bool] = False
     """True if a simulation of the rounds has a clock: clients are at work for a time that is drawn, and a free place
     is given away at once. If not, the clients of a round arrive in an order that is drawn anew."""
+    makes_versions: ClassVar[bool] = True
+    """False if a round makes a sum for a parent's server, which makes the versions."""
     settings: ClassVar[frozenset[str]] = frozenset()
     """Keys of `[rounds]` that only rounds of some policies have (`concurrency`, `max_staleness`), and these do."""
 
@@ -216,9 +222,7 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
         TicketClosed: If an update comes for a ticket that was withdrawn or refused.
     """
     match event:
-        case Waiting() | TimePassed() | Paused() | Resumed() | Excluded() | Lost() | Aggregated() | RolledBack() if (
-            state.stopped
-        ):
+        case _ if state.stopped and not isinstance(event, Received | Withdrawn | Refused | Stopped):
             return state, ()
         case Waiting():
             return _waiting(state, event, config, now)
@@ -242,6 +246,8 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
             return (replace(state, phase=Phase.COMMITTED), ()) if state.phase is Phase.AGGREGATING else (state, ())
         case RolledBack(to):
             return _rolled_back(state, to)
+        case Supplied(version):
+            return _supplied(state, version)
         case Stopped():
             return _stopped(state)
 
@@ -413,6 +419,13 @@ def _rolled_back(state: Round, to: int) -> Step:
         replace(t, state=TicketState.REFUSED, reason=reason) if t.state in open_ else t for t in state.tickets
     )
     return replace(state, tickets=tickets, phase=Phase.COMMITTED, deadline=None), ()
+
+
+def _supplied(state: Round, version: int) -> Step:
+    if state.number > version or state.phase not in (Phase.OPEN, Phase.AGGREGATING):
+        return state, ()
+    reason = f"version {version} of the parent's run came before round {state.number} was over"
+    return replace(_late(state, lambda _: reason), stopped=True), ()
 
 
 def _stopped(state: Round) -> Step:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from fedpeft.config import RoundsConfig
-from fedpeft.errors import RunFinished
+from fedpeft.errors import RunFinished, RunNotRelayed, RunRelayed, VersionSuperseded
 from fedpeft.rounds.events import (
     Aggregated,
     Event,
@@ -21,10 +21,11 @@ from fedpeft.rounds.events import (
     Resumed,
     RolledBack,
     Stopped,
+    Supplied,
     TimePassed,
     Waiting,
 )
-from fedpeft.rounds.state_machine import Phase, Round, advance
+from fedpeft.rounds.state_machine import Phase, Round, advance, policies
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 
 
@@ -68,6 +69,11 @@ class RunStatus:
     def folds(self) -> bool:
         """True if the round in progress is to be folded."""
         return self.is_active and self.round.phase is Phase.AGGREGATING
+
+    @property
+    def awaits_version(self) -> bool:
+        """True if the round in progress cannot open before its parent's version is supplied."""
+        return self.version < self.round.base_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +147,7 @@ def changes(before: RunStatus, after: RunStatus, config: RoundsConfig, now: floa
     writes = is_other or before.round.without_tickets != after.round.without_tickets
     held = (before.round.ticket_of(new.client) for old, new in changed if old is None or old.id != new.id)
     replaced = tuple(old for old in held if old is not None and after.round.tickets.find(old.id) is None)
-    current = in_progress(after.round, config, now, active=after.is_active)
+    current = in_progress(after.round, after.version, config, now, active=after.is_active)
     if after.state is RunState.PAUSED and current is not after.round:
         current = replace(current, deadline=None)
     moved = replace(after, revision=before.revision + 1, round=current)
@@ -149,9 +155,15 @@ def changes(before: RunStatus, after: RunStatus, config: RoundsConfig, now: floa
     return Changes(before, moved, after.round, writes, new_tickets, uncounted, again, replaced)
 
 
-def in_progress(newest: Round, config: RoundsConfig, now: float, *, active: bool) -> Round:
-    """Returns the round that a run is in, given its newest one: after a committed round the next, if there is one."""
-    return newest.following(config, now) if active and newest.phase is Phase.COMMITTED else newest
+def in_progress(newest: Round, version: int, config: RoundsConfig, now: float, *, active: bool) -> Round:
+    """Returns the round that a run is in, given its newest one: after a committed round the next, if there is one.
+
+    Where a parent's run went on without this one, it is the round after the newest version.
+    """
+    if not active:
+        return newest
+    current = newest.following(config, now) if newest.phase is Phase.COMMITTED else newest
+    return current if version <= current.base_version else Round(current.run, version + 1)
 
 
 def effects(before: RunStatus, after: RunStatus) -> Effects:
@@ -173,19 +185,42 @@ def _issued(before: Tickets, after: Tickets) -> tuple[Ticket, ...]:
     return tuple(t for t in after if t.state is TicketState.ISSUED and not _was_out(before.find(t.id)))
 
 
+def _supplied(status: RunStatus, version: int, config: RoundsConfig, now: float) -> RunStatus:
+    run = status.round.run
+    if policies.get(config.policy_name).makes_versions:
+        raise RunNotRelayed(f"{run} makes its versions itself; they are supplied to runs of a parent's server alone")
+    if version < status.version:
+        raise VersionSuperseded(f"{run} has version {status.version} by now; version {version} comes too late")
+    if version == status.version:
+        return status
+    if not status.is_active:
+        raise RunFinished(f"{run} is {status.state}: it takes no version any more")
+    closed, _ = advance(status.round, Supplied(version), config, now)
+    if closed.phase is Phase.WAITING and closed.number <= version:  # nobody has begun it: it leaves nothing behind
+        closed = Round(run, version + 1)
+    after = replace(status, version=version, round=closed)
+    return replace(after, state=RunState.COMPLETED, reason="") if version >= config.count else after
+
+
 def _was_out(ticket: Ticket | None) -> bool:
     return ticket is not None and ticket.state is TicketState.ISSUED
 
 
 def _after(status: RunStatus, event: Event, config: RoundsConfig, now: float) -> RunStatus:
     match event:
-        case Waiting() | TimePassed() if status.state is not RunState.RUNNING:
+        case Waiting() | TimePassed() if status.state is not RunState.RUNNING or status.awaits_version:
             return status
         case Stopped() if status.state is RunState.STOPPED:
             return status
         case Paused() | Resumed() | Stopped() | RolledBack() if not status.is_active:
             text = "it cannot be paused, resumed, stopped or rolled back any more"
             raise RunFinished(f"{status.round.run} is {status.state}: {text}")
+        case RolledBack() if not policies.get(config.policy_name).makes_versions:
+            raise RunRelayed(
+                f"the versions of {status.round.run} come from its parent's server: roll the run back there"
+            )
+        case Supplied(version):
+            return _supplied(status, version, config, now)
     new, follow = advance(status.round, event, config, now)
     after = status if new is status.round else replace(status, round=new)
     match event:
@@ -197,7 +232,8 @@ def _after(status: RunStatus, event: Event, config: RoundsConfig, now: float) ->
             after = replace(after, state=RunState.STOPPED, reason=reason)
         case Aggregated() | RolledBack() if new is not status.round:
             over = new.number >= config.count
-            after = replace(after, version=new.number)
+            if policies.get(config.policy_name).makes_versions:
+                after = replace(after, version=new.number)
             after = replace(after, state=RunState.COMPLETED, reason="") if over else after
     for effect in follow:
         if isinstance(effect, Pause):

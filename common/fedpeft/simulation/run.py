@@ -136,6 +136,10 @@ def _header(run: str, trainer: LocalTrainer, settings: SimulationConfig) -> RunH
     """Returns the run's header; raises `ConfigInvalid` if its parts do not go together."""
     header = RunHeader(run, trainer.inputs.config, trainer.run.spec, trainer.run.fingerprint)
     check_combination(header.config.model_copy(update={"simulation": settings}), header.spec)
+    if not policies.get(header.config.rounds.policy_name).makes_versions:
+        policy = header.config.rounds.policy_name
+        text = f"is {policy!r}, whose versions come from a parent's server; a simulation has none"
+        raise ConfigInvalid(f"rounds.policy {text}", (("rounds.policy", text),))
     return header
 
 

@@ -20,7 +20,7 @@ from fedpeft.peft import TunedModel
 from fedpeft.privacy.events import Event
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rounds import record
-from fedpeft.rounds.commit import RunHeader, Stored, Update, fold_round, write_first
+from fedpeft.rounds.commit import RunHeader, Stored, Update, fold_round, write_version
 from fedpeft.rounds.local_job import Version
 from fedpeft.rounds.screening import Extent, comparable
 from fedpeft.simulation.distances import squared_distances
@@ -57,7 +57,7 @@ class Versions:
     def begin(self, tensors: Tensors) -> None:
         """Writes version 0."""
         self._log.write_bytes(b"")
-        self._newest = write_first(self._header, tensors, self._version(0))
+        self._newest = write_version(self._header, tensors, self._version(0))
         self._show()
 
     def progress(self) -> Json:
@@ -192,7 +192,7 @@ class Versions:
         self._number = number
         with self._log.open("ab", buffering=0) as stream:  # in one piece: who is killed leaves no half of a line
             stream.write(f"{outcome.record}\n".encode("ascii"))
-        self._newest, self._state_sha256 = outcome.adapter, outcome.state_sha256
+        self._newest, self._state_sha256 = outcome.made, outcome.state_sha256
         self._record_sha256 = book.record_sha256 = outcome.record_sha256
         book.weights, book.metrics, book.excluded = outcome.weights, outcome.metrics, outcome.excluded
         book.events = outcome.events

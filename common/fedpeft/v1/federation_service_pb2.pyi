@@ -686,11 +686,12 @@ class UpdateHeader(_message.Message):
     examples: _builtins.int
     """Examples trained on: at least 1, and at most what the client declared with its answer to the offer, or if it said none
     there, as it registered; a client that declared none may claim 100,000, and nobody more than 10^9. FedAvg weighs by it.
+    Of a sum it is that of all updates in it, which are weighed already.
     """
     @_builtins.property
     def manifest(self) -> _tensor_pb2.Manifest:
         """The tensors whose role is sent in this round, all of them, in the order of the spec; each in the run's encoding
-        (CodecConfig).
+        (CodecConfig); or all as `sum128`, where the run has AggregationConfig.exact_sum and the update is a sum of several.
         """
 
     @_builtins.property

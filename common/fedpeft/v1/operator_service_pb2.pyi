@@ -66,6 +66,7 @@ class CreateRunHeader(_message.Message):
     MANIFEST_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     MODEL_PARAMETERS_FIELD_NUMBER: _builtins.int
+    RELAYS_FIELD_NUMBER: _builtins.int
     backbone_fingerprint: _builtins.str
     """SHA-256 of the frozen tensors, 64 hexadecimal digits."""
     request_id: _builtins.str
@@ -84,6 +85,10 @@ class CreateRunHeader(_message.Message):
     def manifest(self) -> _tensor_pb2.Manifest:
         """All tensors that are local in no round, dense float32."""
 
+    @_builtins.property
+    def relays(self) -> Global___Relay:
+        """The run of another server that this one works for; absent: none. There exactly if `rounds.policy` is `relayed`."""
+
     def __init__(
         self,
         *,
@@ -93,14 +98,41 @@ class CreateRunHeader(_message.Message):
         manifest: _tensor_pb2.Manifest | None = ...,
         request_id: _builtins.str = ...,
         model_parameters: _builtins.int = ...,
+        relays: Global___Relay | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "manifest", b"manifest", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "manifest", b"manifest", "relays", b"relays", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone_fingerprint", b"backbone_fingerprint", "config", b"config", "manifest", b"manifest", "model_parameters", b"model_parameters", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backbone_fingerprint", b"backbone_fingerprint", "config", b"config", "manifest", b"manifest", "model_parameters", b"model_parameters", "relays", b"relays", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateRunHeader: _TypeAlias = CreateRunHeader  # noqa: Y015
+
+@_typing.final
+class Relay(_message.Message):
+    """Relay names the run of a parent server for which a relayed run collects updates."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Id of the parent's run. The new run gets the same one, from which its clients' seeds derive."""
+    version: _builtins.int
+    """The parent's version that the first adapter is: the run begins with the round after it."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Relay: _TypeAlias = Relay  # noqa: Y015
 
 @_typing.final
 class CreateRunResponse(_message.Message):
@@ -690,6 +722,212 @@ class DownloadHeader(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DownloadHeader: _TypeAlias = DownloadHeader  # noqa: Y015
+
+@_typing.final
+class SupplyVersionRequest(_message.Message):
+    """SupplyVersionRequest is the header (first message) or a chunk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___SupplyVersionHeader:
+        """What follows."""
+
+    @_builtins.property
+    def chunk(self) -> _tensor_pb2.Chunk:
+        """A piece of the payload."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___SupplyVersionHeader | None = ...,
+        chunk: _tensor_pb2.Chunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___SupplyVersionRequest: _TypeAlias = SupplyVersionRequest  # noqa: Y015
+
+@_typing.final
+class SupplyVersionHeader(_message.Message):
+    """SupplyVersionHeader describes a version of the parent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Id of the run."""
+    version: _builtins.int
+    """The version's number, which is the parent's."""
+    @_builtins.property
+    def manifest(self) -> _tensor_pb2.Manifest:
+        """All tensors that are local in no round, dense float32."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        version: _builtins.int = ...,
+        manifest: _tensor_pb2.Manifest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "run", b"run", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SupplyVersionHeader: _TypeAlias = SupplyVersionHeader  # noqa: Y015
+
+@_typing.final
+class SupplyVersionResponse(_message.Message):
+    """SupplyVersionResponse is the run afterwards."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run(self) -> _run_pb2.Run:
+        """The run; its round in progress is the one after the version."""
+
+    def __init__(
+        self,
+        *,
+        run: _run_pb2.Run | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SupplyVersionResponse: _TypeAlias = SupplyVersionResponse  # noqa: Y015
+
+@_typing.final
+class DownloadSumRequest(_message.Message):
+    """DownloadSumRequest names a round."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Id of the run."""
+    round: _builtins.int
+    """Number of the round."""
+    offset: _builtins.int
+    """First byte of the payload wanted."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        round: _builtins.int = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "round", b"round", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadSumRequest: _TypeAlias = DownloadSumRequest  # noqa: Y015
+
+@_typing.final
+class DownloadSumResponse(_message.Message):
+    """DownloadSumResponse is the header (first message) or a chunk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___DownloadSumHeader:
+        """What follows."""
+
+    @_builtins.property
+    def chunk(self) -> _tensor_pb2.Chunk:
+        """A piece of the payload."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___DownloadSumHeader | None = ...,
+        chunk: _tensor_pb2.Chunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "header", b"header", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["header", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___DownloadSumResponse: _TypeAlias = DownloadSumResponse  # noqa: Y015
+
+@_typing.final
+class DownloadSumHeader(_message.Message):
+    """DownloadSumHeader describes the sum."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    examples: _builtins.int
+    """Examples of all updates in it."""
+    @_builtins.property
+    def manifest(self) -> _tensor_pb2.Manifest:
+        """The tensors, encoded as `sum128`."""
+
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Figures of the round: `updates`, how many were added; if the updates had them, `loss`, the mean over the examples, and
+        `privacy_epsilon`, the largest.
+        """
+
+    def __init__(
+        self,
+        *,
+        manifest: _tensor_pb2.Manifest | None = ...,
+        examples: _builtins.int = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "manifest", b"manifest", "metrics", b"metrics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadSumHeader: _TypeAlias = DownloadSumHeader  # noqa: Y015
 
 @_typing.final
 class ListClientsRequest(_message.Message):

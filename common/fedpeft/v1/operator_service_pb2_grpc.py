@@ -102,6 +102,16 @@ class OperatorServiceStub:
                 request_serializer=fedpeft_dot_v1_dot_operator__service__pb2.DownloadAdapterRequest.SerializeToString,
                 response_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.DownloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.SupplyVersion = channel.stream_unary(
+                '/fedpeft.v1.OperatorService/SupplyVersion',
+                request_serializer=fedpeft_dot_v1_dot_operator__service__pb2.SupplyVersionRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.SupplyVersionResponse.FromString,
+                _registered_method=True)
+        self.DownloadSum = channel.unary_stream(
+                '/fedpeft.v1.OperatorService/DownloadSum',
+                request_serializer=fedpeft_dot_v1_dot_operator__service__pb2.DownloadSumRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.DownloadSumResponse.FromString,
+                _registered_method=True)
         self.ListClients = channel.unary_unary(
                 '/fedpeft.v1.OperatorService/ListClients',
                 request_serializer=fedpeft_dot_v1_dot_operator__service__pb2.ListClientsRequest.SerializeToString,
@@ -140,7 +150,7 @@ class OperatorServiceServicer:
         With the same `request_id` it may be repeated: the second answer is the run that the first one made.
         INVALID_ARGUMENT     CONFIG_INVALID, SPEC_INVALID, MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
         CONFIG_INVALID too where configuration and spec together have over 3 MiB
-        ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run
+        ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run, or the run that it relays is here
         DATA_LOSS            CHECKSUM_MISMATCH
         OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
         RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL
@@ -226,6 +236,7 @@ class OperatorServiceServicer:
         NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND   there is none, or it is the newest
         NOT_FOUND            VERSION_REMOVED      the server's retention removed its files; the message names those that are there
         FAILED_PRECONDITION  RUN_FINISHED         completed or stopped: an earlier version can be downloaded
+        FAILED_PRECONDITION  RUN_RELAYED          its versions come from a parent's server
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -243,6 +254,38 @@ class OperatorServiceServicer:
     def DownloadAdapter(self, request, context):
         """DownloadAdapter sends an adapter version as the safetensors file that is stored: a header, then chunks from `offset` on.
         NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND, VERSION_REMOVED
+        OUT_OF_RANGE         OFFSET_OUT_OF_RANGE
+        DATA_LOSS            BLOB_CORRUPT         what is stored does not have the recorded digest
+        UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SupplyVersion(self, request_iterator, context):
+        """SupplyVersion brings an adapter version of the parent run to a relayed run (CreateRunHeader.relays), and begins the
+        round after it: a header, then the payload in chunks. A round that was in progress is over, whatever had come for it.
+        A version that the run has already, or a later one, changes nothing but that.
+        NOT_FOUND            RUN_NOT_FOUND
+        INVALID_ARGUMENT     MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
+        FAILED_PRECONDITION  RUN_FINISHED         completed or stopped
+        FAILED_PRECONDITION  RUN_NOT_RELAYED      the run makes its versions itself
+        FAILED_PRECONDITION  VERSION_SUPERSEDED   the run has a later version
+        DATA_LOSS            CHECKSUM_MISMATCH
+        OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
+        RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL, TRANSFERS_BUSY
+        UNAVAILABLE          TRANSFER_STALLED     nothing arrived for 60 seconds; begin again
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadSum(self, request, context):
+        """DownloadSum sends the sum of the updates of a round of a relayed run, as the parent takes it for an update: a header,
+        then the payload in chunks from `offset` on. It is there until a later version is supplied.
+        NOT_FOUND            RUN_NOT_FOUND
+        NOT_FOUND            SUM_NOT_FOUND        the round is not committed, or a later version was supplied
+        FAILED_PRECONDITION  RUN_NOT_RELAYED      the run makes its versions itself
         OUT_OF_RANGE         OFFSET_OUT_OF_RANGE
         DATA_LOSS            BLOB_CORRUPT         what is stored does not have the recorded digest
         UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing
@@ -332,6 +375,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.DownloadAdapter,
                     request_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.DownloadAdapterRequest.FromString,
                     response_serializer=fedpeft_dot_v1_dot_operator__service__pb2.DownloadAdapterResponse.SerializeToString,
+            ),
+            'SupplyVersion': grpc.stream_unary_rpc_method_handler(
+                    servicer.SupplyVersion,
+                    request_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.SupplyVersionRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_operator__service__pb2.SupplyVersionResponse.SerializeToString,
+            ),
+            'DownloadSum': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadSum,
+                    request_deserializer=fedpeft_dot_v1_dot_operator__service__pb2.DownloadSumRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_operator__service__pb2.DownloadSumResponse.SerializeToString,
             ),
             'ListClients': grpc.unary_unary_rpc_method_handler(
                     servicer.ListClients,
@@ -659,6 +712,60 @@ class OperatorService:
             '/fedpeft.v1.OperatorService/DownloadAdapter',
             fedpeft_dot_v1_dot_operator__service__pb2.DownloadAdapterRequest.SerializeToString,
             fedpeft_dot_v1_dot_operator__service__pb2.DownloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SupplyVersion(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/fedpeft.v1.OperatorService/SupplyVersion',
+            fedpeft_dot_v1_dot_operator__service__pb2.SupplyVersionRequest.SerializeToString,
+            fedpeft_dot_v1_dot_operator__service__pb2.SupplyVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadSum(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedpeft.v1.OperatorService/DownloadSum',
+            fedpeft_dot_v1_dot_operator__service__pb2.DownloadSumRequest.SerializeToString,
+            fedpeft_dot_v1_dot_operator__service__pb2.DownloadSumResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,7 +34,7 @@ class OperatorServiceStub:
     With the same `request_id` it may be repeated: the second answer is the run that the first one made.
       INVALID_ARGUMENT     CONFIG_INVALID, SPEC_INVALID, MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
                                                 CONFIG_INVALID too where configuration and spec together have over 3 MiB
-      ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run
+      ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run, or the run that it relays is here
       DATA_LOSS            CHECKSUM_MISMATCH
       OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
       RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL
@@ -87,6 +87,7 @@ class OperatorServiceStub:
       NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND   there is none, or it is the newest
       NOT_FOUND            VERSION_REMOVED      the server's retention removed its files; the message names those that are there
       FAILED_PRECONDITION  RUN_FINISHED         completed or stopped: an earlier version can be downloaded
+      FAILED_PRECONDITION  RUN_RELAYED          its versions come from a parent's server
     """
     DeleteRun: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.DeleteRunRequest, _operator_service_pb2.DeleteRunResponse]
     """DeleteRun removes a completed or stopped run with all its versions and records.
@@ -96,6 +97,30 @@ class OperatorServiceStub:
     DownloadAdapter: _aio.UnaryStreamMultiCallable[_operator_service_pb2.DownloadAdapterRequest, _operator_service_pb2.DownloadAdapterResponse]
     """DownloadAdapter sends an adapter version as the safetensors file that is stored: a header, then chunks from `offset` on.
       NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND, VERSION_REMOVED
+      OUT_OF_RANGE         OFFSET_OUT_OF_RANGE
+      DATA_LOSS            BLOB_CORRUPT         what is stored does not have the recorded digest
+      UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing
+    """
+    SupplyVersion: _aio.StreamUnaryMultiCallable[_operator_service_pb2.SupplyVersionRequest, _operator_service_pb2.SupplyVersionResponse]
+    """SupplyVersion brings an adapter version of the parent run to a relayed run (CreateRunHeader.relays), and begins the
+    round after it: a header, then the payload in chunks. A round that was in progress is over, whatever had come for it.
+    A version that the run has already, or a later one, changes nothing but that.
+      NOT_FOUND            RUN_NOT_FOUND
+      INVALID_ARGUMENT     MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
+      FAILED_PRECONDITION  RUN_FINISHED         completed or stopped
+      FAILED_PRECONDITION  RUN_NOT_RELAYED      the run makes its versions itself
+      FAILED_PRECONDITION  VERSION_SUPERSEDED   the run has a later version
+      DATA_LOSS            CHECKSUM_MISMATCH
+      OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
+      RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL, TRANSFERS_BUSY
+      UNAVAILABLE          TRANSFER_STALLED     nothing arrived for 60 seconds; begin again
+    """
+    DownloadSum: _aio.UnaryStreamMultiCallable[_operator_service_pb2.DownloadSumRequest, _operator_service_pb2.DownloadSumResponse]
+    """DownloadSum sends the sum of the updates of a round of a relayed run, as the parent takes it for an update: a header,
+    then the payload in chunks from `offset` on. It is there until a later version is supplied.
+      NOT_FOUND            RUN_NOT_FOUND
+      NOT_FOUND            SUM_NOT_FOUND        the round is not committed, or a later version was supplied
+      FAILED_PRECONDITION  RUN_NOT_RELAYED      the run makes its versions itself
       OUT_OF_RANGE         OFFSET_OUT_OF_RANGE
       DATA_LOSS            BLOB_CORRUPT         what is stored does not have the recorded digest
       UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing
@@ -138,7 +163,7 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         With the same `request_id` it may be repeated: the second answer is the run that the first one made.
           INVALID_ARGUMENT     CONFIG_INVALID, SPEC_INVALID, MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
                                                     CONFIG_INVALID too where configuration and spec together have over 3 MiB
-          ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run
+          ALREADY_EXISTS       REQUEST_ID_REUSED    the same id came with another run, or the run that it relays is here
           DATA_LOSS            CHECKSUM_MISMATCH
           OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
           RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL
@@ -239,6 +264,7 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
           NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND   there is none, or it is the newest
           NOT_FOUND            VERSION_REMOVED      the server's retention removed its files; the message names those that are there
           FAILED_PRECONDITION  RUN_FINISHED         completed or stopped: an earlier version can be downloaded
+          FAILED_PRECONDITION  RUN_RELAYED          its versions come from a parent's server
         """
 
     @_abc_1.abstractmethod
@@ -260,6 +286,42 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.AsyncIterator[_operator_service_pb2.DownloadAdapterResponse]:
         """DownloadAdapter sends an adapter version as the safetensors file that is stored: a header, then chunks from `offset` on.
           NOT_FOUND            RUN_NOT_FOUND, VERSION_NOT_FOUND, VERSION_REMOVED
+          OUT_OF_RANGE         OFFSET_OUT_OF_RANGE
+          DATA_LOSS            BLOB_CORRUPT         what is stored does not have the recorded digest
+          UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing
+        """
+
+    @_abc_1.abstractmethod
+    def SupplyVersion(
+        self,
+        request_iterator: _abc.AsyncIterator[_operator_service_pb2.SupplyVersionRequest],
+        context: _aio.ServicerContext[_abc.AsyncIterator[_operator_service_pb2.SupplyVersionRequest], _abc.Awaitable[_operator_service_pb2.SupplyVersionResponse]],
+    ) -> _abc.Awaitable[_operator_service_pb2.SupplyVersionResponse]:
+        """SupplyVersion brings an adapter version of the parent run to a relayed run (CreateRunHeader.relays), and begins the
+        round after it: a header, then the payload in chunks. A round that was in progress is over, whatever had come for it.
+        A version that the run has already, or a later one, changes nothing but that.
+          NOT_FOUND            RUN_NOT_FOUND
+          INVALID_ARGUMENT     MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
+          FAILED_PRECONDITION  RUN_FINISHED         completed or stopped
+          FAILED_PRECONDITION  RUN_NOT_RELAYED      the run makes its versions itself
+          FAILED_PRECONDITION  VERSION_SUPERSEDED   the run has a later version
+          DATA_LOSS            CHECKSUM_MISMATCH
+          OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
+          RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL, TRANSFERS_BUSY
+          UNAVAILABLE          TRANSFER_STALLED     nothing arrived for 60 seconds; begin again
+        """
+
+    @_abc_1.abstractmethod
+    def DownloadSum(
+        self,
+        request: _operator_service_pb2.DownloadSumRequest,
+        context: _aio.ServicerContext[_operator_service_pb2.DownloadSumRequest, _abc.AsyncIterator[_operator_service_pb2.DownloadSumResponse]],
+    ) -> _abc.AsyncIterator[_operator_service_pb2.DownloadSumResponse]:
+        """DownloadSum sends the sum of the updates of a round of a relayed run, as the parent takes it for an update: a header,
+        then the payload in chunks from `offset` on. It is there until a later version is supplied.
+          NOT_FOUND            RUN_NOT_FOUND
+          NOT_FOUND            SUM_NOT_FOUND        the round is not committed, or a later version was supplied
+          FAILED_PRECONDITION  RUN_NOT_RELAYED      the run makes its versions itself
           OUT_OF_RANGE         OFFSET_OUT_OF_RANGE
           DATA_LOSS            BLOB_CORRUPT         what is stored does not have the recorded digest
           UNAVAILABLE          TRANSFER_STALLED     nothing was read for 60 seconds; continue at the first byte missing

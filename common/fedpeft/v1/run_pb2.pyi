@@ -739,12 +739,17 @@ class AggregationConfig(_message.Message):
     STRATEGY_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     NORM_FACTOR_FIELD_NUMBER: _builtins.int
+    EXACT_SUM_FIELD_NUMBER: _builtins.int
     strategy: _builtins.str
     """Registered name, for example `fedavg`."""
     norm_factor: _builtins.float
     """An update is folded up to so many times the median norm of its round and those before; absent: 30, 0: any.
     An update above it is excluded when the round closes: its ticket becomes REFUSED, with a reason that begins with
     UPDATE_EXCLUDED (docs/record.md has the rule).
+    """
+    exact_sum: _builtins.bool
+    """Updates are added up exactly, so that the result depends neither on their order nor on their grouping; and an update
+    may be the sum of several (`sum128`). Absent: they are added in float64 in the order of client ids.
     """
     @_builtins.property
     def options(self) -> _struct_pb2.Struct:
@@ -756,15 +761,20 @@ class AggregationConfig(_message.Message):
         strategy: _builtins.str | None = ...,
         options: _struct_pb2.Struct | None = ...,
         norm_factor: _builtins.float | None = ...,
+        exact_sum: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_norm_factor", b"_norm_factor", "_strategy", b"_strategy", "norm_factor", b"norm_factor", "options", b"options", "strategy", b"strategy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exact_sum", b"_exact_sum", "_norm_factor", b"_norm_factor", "_strategy", b"_strategy", "exact_sum", b"exact_sum", "norm_factor", b"norm_factor", "options", b"options", "strategy", b"strategy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_norm_factor", b"_norm_factor", "_strategy", b"_strategy", "norm_factor", b"norm_factor", "options", b"options", "strategy", b"strategy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exact_sum", b"_exact_sum", "_norm_factor", b"_norm_factor", "_strategy", b"_strategy", "exact_sum", b"exact_sum", "norm_factor", b"norm_factor", "options", b"options", "strategy", b"strategy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__exact_sum: _TypeAlias = _typing.Literal["exact_sum"]  # noqa: Y015
+    _WhichOneofArgType__exact_sum: _TypeAlias = _typing.Literal["_exact_sum", b"_exact_sum"]  # noqa: Y015
     _WhichOneofReturnType__norm_factor: _TypeAlias = _typing.Literal["norm_factor"]  # noqa: Y015
     _WhichOneofArgType__norm_factor: _TypeAlias = _typing.Literal["_norm_factor", b"_norm_factor"]  # noqa: Y015
     _WhichOneofReturnType__strategy: _TypeAlias = _typing.Literal["strategy"]  # noqa: Y015
     _WhichOneofArgType__strategy: _TypeAlias = _typing.Literal["_strategy", b"_strategy"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exact_sum) -> _WhichOneofReturnType__exact_sum | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__norm_factor) -> _WhichOneofReturnType__norm_factor | None: ...
     @_typing.overload

@@ -139,6 +139,8 @@ CALLS: Mapping[str, CallBound] = {
     "/fedpeft.v1.OperatorService/RollbackRun": _TEXT,
     "/fedpeft.v1.OperatorService/DeleteRun": _SMALL,
     "/fedpeft.v1.OperatorService/DownloadAdapter": _SMALL,
+    "/fedpeft.v1.OperatorService/SupplyVersion": CallBound(2048 * KIB, elements=8192),
+    "/fedpeft.v1.OperatorService/DownloadSum": _SMALL,
     "/fedpeft.v1.OperatorService/ListClients": _SMALL,
     "/fedpeft.v1.OperatorService/ReadmitClient": _SMALL,
     "/fedpeft.v1.OperatorService/GetStorage": _SMALL,

@@ -39,6 +39,8 @@ RIGHTS: Mapping[str, frozenset[Right]] = {
     "/fedpeft.v1.OperatorService/RollbackRun": _WRITES,
     "/fedpeft.v1.OperatorService/DeleteRun": _WRITES,
     "/fedpeft.v1.OperatorService/DownloadAdapter": _READS,
+    "/fedpeft.v1.OperatorService/SupplyVersion": _WRITES,
+    "/fedpeft.v1.OperatorService/DownloadSum": _READS,
     "/fedpeft.v1.OperatorService/ListClients": _READS,
     "/fedpeft.v1.OperatorService/ReadmitClient": _WRITES,
     "/fedpeft.v1.OperatorService/GetStorage": _READS,

@@ -31,7 +31,7 @@ from fedpeft_server.settings import Settings
 from fedpeft_server.store.blobs.blobs import CHUNK_BYTES, Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.queries import whole
-from fedpeft_server.store.store import version_files
+from fedpeft_server.store.store import sum_files, version_files
 from fedpeft_server.store.update_store import update_key
 
 ATTEMPTS = 5
@@ -134,10 +134,11 @@ class Backup:
     def _named(self, database: Database) -> Iterator[Named]:
         with database.transactions.read() as connection:
             for run in whole.select_runs(connection):
-                for version in whole.select_versions(connection, run):
-                    for _, key, sha256 in version_files(version):
-                        if self._blobs is not None and version.has_files:
-                            yield Named(f"blobs/{key}", sha256, ((self._blobs, key),))
+                versions = [version for version in whole.select_versions(connection, run) if version.has_files]
+                files = [each for version in versions for each in version_files(version)]
+                files += sum_files(run, whole.select_sums(connection, run))
+                if self._blobs is not None:
+                    yield from (Named(f"blobs/{key}", sha256, ((self._blobs, key),)) for _, key, sha256 in files)
             wanted = {ticket: sha256 for _, _, ticket, sha256 in whole.select_wanted(connection)}
         for ticket, sha256 in wanted.items():
             name = f"{ticket}.{sha256}.update"

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from fedpeft.api.verification import check_records
 from fedpeft.errors import BlobCorrupt, FedpeftError
+from fedpeft.rounds.policies import policies
 from fedpeft.rounds.record import Record
 from fedpeft_server.checks.findings import Report
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.queries import whole
 from fedpeft_server.store.rows import Retention, RunRow, VersionRow
-from fedpeft_server.store.store import version_files
+from fedpeft_server.store.store import BlobFile, sum_files, version_files
 
 RESTORE_DATABASE = "restore the database from a backup"
 RESTORE = "restore it from a backup"
@@ -25,19 +26,24 @@ def check_run(run: RunRow, database: Database, blobs: Blobs, report: Report) -> 
     with database.transactions.read() as connection:
         versions = whole.select_versions(connection, run.id)
         records = whole.select_records(connection, run.id)
-    found = {version.version for version in versions}
-    for number in sorted(set(range(run.version + 1)) - found):
+        sums = whole.select_sums(connection, run.id)
+    chain = {record.round: record for record in _check_records(run, records, report)}
+    makes_versions = policies.get(run.config.rounds.policy_name).makes_versions
+    needed = set(range(run.version + 1)) if makes_versions else {run.version}
+    for number in sorted(needed - {version.version for version in versions}):
         report.fault(f"{run.id} version {number}", "the database has no row of it", RESTORE_DATABASE)
-    chain = _check_records(run, records, report)
+    there = [version for version in versions if version.has_files]
+    files = [(file, _cure(run, version)) for version in there for file in version_files(version)]
+    files += [(file, RESTORE) for file in sum_files(run.id, sums)]
     for version in versions:
-        if 0 < version.version <= len(chain):
-            _compare(version, chain[version.version - 1], report)
-        if version.has_files:
-            _check_files(run, version, blobs, report)
-        else:
+        if makes_versions and version.version in chain:
+            _compare(version, chain[version.version], report)
+        if not version.has_files:
             report.looked_at["removed version"] += 1
-    there = [version for version in versions if version.retention is not Retention.REMOVED]
-    return {key for version in there for _, key, _ in version_files(version)}
+    for file, cure in files:
+        _check_file(file, cure, blobs, report)
+    removing = [version for version in versions if version.retention is Retention.REMOVING]
+    return {file.key for file, _ in files} | {file.key for version in removing for file in version_files(version)}
 
 
 def _check_records(run: RunRow, records: Sequence[tuple[int, str, str]], report: Report) -> list[Record]:
@@ -58,16 +64,19 @@ def _compare(version: VersionRow, record: Record, report: Report) -> None:
         report.fault(name, "its row and its record name other digests", RESTORE_DATABASE)
 
 
-def _check_files(run: RunRow, version: VersionRow, blobs: Blobs, report: Report) -> None:
-    cure = OR_BACK if 0 < version.version == run.version else RESTORE
-    for kind, key, sha256 in version_files(version):
-        report.looked_at[kind] += 1
-        try:
-            found = blobs.digest(key)
-        except BlobCorrupt:
-            report.fault(key, f"this {kind} is missing", cure)
-        except FedpeftError as error:
-            report.fault(key, error.message, "make it readable, and check again")
-        else:
-            if found != sha256:
-                report.fault(key, f"this {kind} has sha256 {found}; {sha256} is recorded", cure)
+def _cure(run: RunRow, version: VersionRow) -> str:
+    return OR_BACK if 0 < version.version == run.version else RESTORE
+
+
+def _check_file(file: BlobFile, cure: str, blobs: Blobs, report: Report) -> None:
+    kind, key, sha256 = file
+    report.looked_at[kind] += 1
+    try:
+        found = blobs.digest(key)
+    except BlobCorrupt:
+        report.fault(key, f"this {kind} is missing", cure)
+    except FedpeftError as error:
+        report.fault(key, error.message, "make it readable, and check again")
+    else:
+        if found != sha256:
+            report.fault(key, f"this {kind} has sha256 {found}; {sha256} is recorded", cure)

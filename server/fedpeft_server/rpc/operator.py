@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import re
-import secrets
-import string
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, suppress
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from fedpeft.adapters import payload
-from fedpeft.adapters.payload import Manifest, chunks
-from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.adapters.payload import chunks
 from fedpeft.errors import (
     ChunkInvalid,
     ClientNotFound,
-    ConfigInvalid,
-    ManifestInvalid,
     OffsetOutOfRange,
     RequestIdReused,
-    SpecInvalid,
 )
-from fedpeft.privacy.accounting import calibrated
-from fedpeft.process.mapped_files import releaser
-from fedpeft.rounds.combinations import check_combination
-from fedpeft.rounds.commit import write_first
 from fedpeft.rounds.state_machine import Round
-from fedpeft.rpc.wire import config_from_proto, manifest_from_proto, spec_from_proto
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import operator_service_pb2_grpc as pb_grpc
 from fedpeft.v1 import run_pb2, tensor_pb2
@@ -42,20 +25,20 @@ from fedpeft_server.rpc.history import History
 from fedpeft_server.rpc.messages import (
     AWAITED,
     EVALUATORS,
-    RUN_BYTES,
     client_message,
     disk_message,
     progress_message,
     run_message,
     scoring_message,
 )
+from fedpeft_server.rpc.new_runs import new_run, stored_version
+from fedpeft_server.rpc.relaying import Relaying
 from fedpeft_server.rpc.sessions import Sessions
-from fedpeft_server.runs.aggregation import run_header
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.blobs.open_file import OpenFile
-from fedpeft_server.store.rows import ClientRow, Place, RunRow, RunState, VersionRow
+from fedpeft_server.store.rows import ClientRow, Place, RunRow, VersionRow
 from fedpeft_server.store.store import Store, creation_key, version_key
 from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
@@ -63,8 +46,6 @@ from fedpeft_server.uploads.incoming import Context
 from fedpeft_server.uploads.pipeline import Uploads
 
 FINISHED = (run_pb2.RUN_STATE_COMPLETED, run_pb2.RUN_STATE_STOPPED)
-_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
-_ALPHABET = string.ascii_lowercase + string.digits
 
 
 class Operator(pb_grpc.OperatorServiceServicer):
@@ -85,6 +66,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         self._uploads = uploads
         self._timing = timing
         self._history = History(store, byte_counter)
+        self._relaying = Relaying(runs, store, uploads)
 
     async def CreateRun(
         self, request_iterator: AsyncIterator[pb.CreateRunRequest], context: Context
@@ -94,14 +76,16 @@ class Operator(pb_grpc.OperatorServiceServicer):
         if first is None or not first.HasField("header"):
             raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
         header = first.header
-        run, manifest = await self._store.compute(_new_run, header)
+        run, manifest = await self._store.compute(new_run, header)
         known = await self._store.transact(self._store.db.run_by_request, header.request_id)
         if known:
             return await self._repeated(known, run)
         key = creation_key(run.id)  # of its own: another call may bring the same request at the same time
         await self._uploads.create(key, manifest, context)
         try:
-            engine = await self._runs.create(run, partial(self._first_version, key, run, manifest), actor())
+            engine = await self._runs.create(
+                run, partial(stored_version, self._store, key, run, manifest, run.version), actor()
+            )
         except RequestIdReused:
             known = await self._store.transact(self._store.db.run_by_request, header.request_id)
             if known is None:
@@ -214,6 +198,21 @@ class Operator(pb_grpc.OperatorServiceServicer):
                 data = await self._store.file(file.read, offset, length)
                 yield pb.DownloadAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
 
+    async def SupplyVersion(
+        self, request_iterator: AsyncIterator[pb.SupplyVersionRequest], context: Context
+    ) -> pb.SupplyVersionResponse:
+        """Takes a version of the parent's server, and begins the round after it."""
+        engine = await self._relaying.supply(request_iterator, context)
+        return pb.SupplyVersionResponse(run=await self._run(engine))
+
+    async def DownloadSum(
+        self, request: pb.DownloadSumRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadSumResponse]:
+        """Sends the sum of the updates of a round."""
+        async with aclosing(self._relaying.sum_of(request)) as parts:
+            async for part in parts:
+                yield part
+
     def _checked(self, key: str, row: VersionRow) -> OpenFile:
         """Opens a stored version.
 
@@ -287,67 +286,3 @@ class Operator(pb_grpc.OperatorServiceServicer):
         if known.request_digest != asked.request_digest:
             raise RequestIdReused(f"request {asked.request_id} already made {known.id}, which differs")
         return pb.CreateRunResponse(run=await self._run(await self._runs.adopt(known.id)))
-
-    def _first_version(self, key: str, run: RunRow, manifest: Manifest) -> VersionRow:
-        """Stores the uploaded payload as the adapter file of version 0."""
-        with (
-            self._store.updates.open(key, manifest.sha256) as data,
-            TemporaryDirectory(dir=self._store.scratch) as folder,
-        ):
-            path, tensors = Path(folder, "adapter"), payload.Decoded(manifest, data, releaser(data))
-            written = write_first(run_header(run), tensors, path)
-            self._store.blobs.put(version_key(run.id, 0), path)
-        return VersionRow(run.id, 0, written.sha256, written.size_bytes, "", run.created_at)
-
-
-def _new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
-    """Checks the description of a new run, before any byte of its adapter is taken."""
-    if not 1 <= len(header.request_id) <= 64:
-        raise ConfigInvalid("request_id must have 1 to 64 characters", (("request_id", "has the wrong length"),))
-    if not _FINGERPRINT.fullmatch(header.backbone_fingerprint):
-        text = "must be 64 lower-case hexadecimal digits"
-        raise ConfigInvalid(f"backbone_fingerprint {text}", (("backbone_fingerprint", text),))
-    config = config_from_proto(header.config)
-    try:
-        spec = spec_from_proto(header.spec)
-        if spec.method != config.peft.method:
-            text = f"is {spec.method[:80]!r}, the run file says {config.peft.method!r}"
-            raise SpecInvalid(f"the spec's method {text}", (("method", text),))
-        _check_roles(spec)
-    except SpecInvalid as error:
-        raise error.within("header.spec") from None
-    config = calibrated(config)
-    check_combination(config, spec)
-    try:
-        manifest = manifest_from_proto(header.manifest)
-        payload.check_manifest(manifest, spec.shared, ("float32",))
-    except ManifestInvalid as error:
-        raise error.within("header.manifest") from None
-    digest = hashlib.sha256(header.SerializeToString(deterministic=True)).hexdigest()
-    run_id = "run-" + "".join(secrets.choice(_ALPHABET) for _ in range(12))
-    run = RunRow(
-        id=run_id,
-        config=config,
-        spec=spec,
-        backbone_fingerprint=header.backbone_fingerprint,
-        state=RunState.RUNNING,
-        reason="",
-        version=0,
-        created_at=time.time(),
-        model_parameters=header.model_parameters,
-        request_id=header.request_id,
-        request_digest=digest,
-    )
-    size = run_message(run, "", {}).ByteSize()
-    if size > RUN_BYTES:
-        fault = f"has {size:,} bytes with the spec; at most {RUN_BYTES:,} are taken, so that every answer about it fits"
-        raise ConfigInvalid(f"the run's configuration {fault}", (("config", fault),))
-    return run, manifest
-
-
-def _check_roles(spec: AdapterSpec) -> None:
-    rounds = max(len(t.roles) for t in spec.tensors)
-    for number in range(1, rounds + 1):
-        if not spec.sent(number):
-            text = f"are such that no tensor is sent in round {number}"
-            raise SpecInvalid(f"the roles of the adapter spec {text}", (("tensors", text),))

@@ -38,6 +38,7 @@ from fedpeft.rounds import conduct, screening
 from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, fold_round, roll_back
 from fedpeft.rounds.events import Aggregated, Excluded, Lost, Paused
 from fedpeft.rounds.events import Event as RoundEvent
+from fedpeft.rounds.policies import policies
 from fedpeft.rounds.screening import Extent
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.tickets import TicketState
@@ -50,7 +51,7 @@ from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.rows import LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
-from fedpeft_server.store.store import Store, state_key, state_prefix, version_key, version_prefix
+from fedpeft_server.store.store import Store, state_key, state_prefix, sum_key, version_key, version_prefix
 from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
@@ -123,13 +124,16 @@ def aggregate(
             store.distrust(base)
             _stored(run, base, store, stack)
             raise
+        if not policies.get(run.config.rounds.policy_name).makes_versions:
+            store.blobs.put(sum_key(run.id, number), Path(scratch, "sum"), outcome.made.sha256)
+            return Result(outcome, time.time(), None)
         draw = secrets.token_hex(8) if central_of(run.config) else ""
         if outcome.state_sha256:
             store.blobs.put(state_key(run.id, number, draw=draw), Path(scratch, "state"), outcome.state_sha256)
-        store.blobs.put(version_key(run.id, number, draw=draw), Path(scratch, "adapter"), outcome.adapter.sha256)
-    adapter = outcome.adapter
-    made = adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time()
-    return Result(VersionRow(run.id, number, *made, draw=draw), outcome)
+        store.blobs.put(version_key(run.id, number, draw=draw), Path(scratch, "adapter"), outcome.made.sha256)
+    now, adapter = time.time(), outcome.made
+    made = adapter.sha256, adapter.size_bytes, outcome.state_sha256, now
+    return Result(outcome, now, VersionRow(run.id, number, *made, draw=draw))
 
 
 def _opened(current: Round, received: Mapping[str, UpdateRow], store: Store, stack: ExitStack) -> list[Update]:
@@ -218,9 +222,9 @@ def go_back(
             adapter_file.check_digest(copy, state.sha256)
             store.blobs.put(state_key(run.id, number, source.version), copy, state.sha256)
         store.blobs.put(version_key(run.id, number, source.version), Path(scratch, "adapter"))
-    adapter = outcome.adapter
-    facts = adapter.sha256, adapter.size_bytes, outcome.state_sha256, time.time(), source.version
-    return Result(VersionRow(run.id, number, *facts), outcome)
+    now, adapter = time.time(), outcome.made
+    facts = adapter.sha256, adapter.size_bytes, outcome.state_sha256, now, source.version
+    return Result(outcome, now, VersionRow(run.id, number, *facts))
 
 
 class Folding:
@@ -315,7 +319,7 @@ class Folding:
             return
         if committed:  # a step of its own: the next round may be there to fold before all files of this one are gone
             self._background.watch("files", self._actor.tasks.start(self.forget(folding)))
-        if result.version.draw:
+        if result.version is not None and result.version.draw:
             self._background.watch("files", self._actor.tasks.start(self.forget_other_draws(folding.number)))
 
     async def forget_other_draws(self, number: int) -> None:
@@ -362,7 +366,7 @@ class Folding:
             if event.action == audit_trail.SET_ASIDE:
                 client = str(event.details["client"])
                 self._log.warning("client set aside", client=client, refused=made.conducts[client].refused)
-        self._round_log.committed(made.changes.round, outcome, result.version.created_at, seconds)
+        self._round_log.committed(made.changes.round, outcome, result.at, seconds)
         if outcome.overspent and made.changes.after.state is RunState.PAUSED:
             self._log.warning("run paused", reason=outcome.overspent)
         return True

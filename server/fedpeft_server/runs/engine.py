@@ -32,8 +32,8 @@ from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.runs.participation import Participation
 from fedpeft_server.runs.receipts import Receipt
 from fedpeft_server.runs.round_log import RoundLog
-from fedpeft_server.store.rows import AuditEvent, RunRow, RunState, Transition, UpdateRow
-from fedpeft_server.store.store import Store
+from fedpeft_server.store.rows import AuditEvent, RunRow, RunState, Transition, UpdateRow, VersionRow
+from fedpeft_server.store.store import Store, sum_prefix
 from fedpeft_server.tasks import shielded
 from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
@@ -324,6 +324,40 @@ class RunEngine:
             self._metrics.rounds.labels(self.run.id, "rolled_back").inc()
             self._log.warning("run rolled back", to=to, version=number, reason=reason)
             self._background.watch("files", self.tasks.start(self._folding.forget(made.changes.round)))
+
+    @shielded
+    async def supply(self, version: int, stored: Callable[[], VersionRow], by: str) -> None:
+        """Takes over a version of the parent's server that `by` brings, and begins the round after it.
+
+        A round that is not over goes with all that came for it; a version that is here already changes nothing.
+
+        Args:
+            version: Its number.
+            stored: Stores it as a blob.
+            by: The caller.
+
+        Raises:
+            RunNotRelayed: If the run makes its versions itself.
+            RunFinished: If the run is completed or stopped.
+            VersionSuperseded: If the run has a later version.
+        """
+
+        async def decide(status: RunStatus) -> Transition | None:
+            changes = self.actor.changes(status, events.Supplied(version))
+            if changes is None:
+                return None
+            row = await self._store.version(stored)
+            details: dict[str, Detail] = {"version": version, "adapter_sha256": row.sha256}
+            said = AuditEvent(by, "version.supplied", self.run.id, details)
+            return Transition(changes, supplied=row, audit_events=(said,))
+
+        made = await self.actor.call(lambda: self.actor.transit(decide))
+        if made is None:
+            return
+        self._log.info("version supplied", version=version)
+        self._store.soon(self._store.blobs.delete_prefix, sum_prefix(self.run.id))  # the parent has gone on
+        if made.changes.round.stopped:
+            self._background.watch("files", self.tasks.start(self._folding.forget_stopped(made.changes.round)))
 
     async def _rolled_back(self, status: RunStatus, to: int, reason: str, by: str) -> Transition | None:
         """Stores the next version, which is an earlier one; returns the transition, None if it was made last."""

@@ -411,7 +411,7 @@ class Runs:
     def _begin(self, run: RunRow, current: Round | None = None) -> RunEngine:
         """Returns the engine of a new run, made unless a repetition of its request was there first."""
         if run.id not in self._engines:
-            self._add(self._engine(run, current or Round(run.id, 1)))
+            self._add(self._engine(run, current or Round(run.id, run.version + 1)))
             log.info("run created", run=run.id, name=run.config.name, method=run.spec.method)
             self.lobby.wake_all()
         return self._engines[run.id]

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from fedpeft.rounds.policies import policies
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import FailedEvaluation, RunRow
 from fedpeft_server.store.store import Store
@@ -101,8 +102,12 @@ class Scoring:
         self._evaluators: dict[str, set[str]] = defaultdict(set)
 
     def follow(self, run: RunRow) -> None:
-        """Notes the newest version of a run, which is new, or may have made one."""
-        if self._versions.get(run.id) == run.version:
+        """Notes the newest version of a run, which is new, or may have made one.
+
+        What an edge relays is scored where it is made, at the parent's server.
+        """
+        makes_versions = policies.get(run.config.rounds.policy_name).makes_versions
+        if self._versions.get(run.id) == run.version or not makes_versions:
             return
         self._versions[run.id] = run.version
         for work in self._work.values():

@@ -36,6 +36,8 @@ def awaited(
     run, current, config = engine.run, engine.round, engine.run.config.rounds
     if run.state is not RunState.RUNNING:
         return f"{run.id} is {run.state}" + (f": {run.reason}" if run.reason else "")
+    if engine.actor.status.awaits_version:
+        return f"round {current.number} of {run.id} waits for version {current.base_version} of the parent's server"
     if current.phase is Phase.WAITING:
         if not begins_together(current, config):
             return f"round {current.number} of {run.id} waits for a client{_others(declined, unanswered)}"

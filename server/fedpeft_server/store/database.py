@@ -134,6 +134,8 @@ class Database:
         with self._transaction(*audit_events) as connection:
             if run.request_id and run_queries.select_run_by_request(connection, run.request_id):
                 raise RequestIdReused(f"request {run.request_id} already made a run")
+            if run_queries.existing(connection, [run.id]):  # that of a parent's run, which a run that relays it has
+                raise RequestIdReused(f"{run.id} is here already")
             run_queries.insert_run(connection, run)
             run_queries.insert_version(connection, version)
             self._tell(connection, Topic.RUN, [run.id])
@@ -206,9 +208,10 @@ class Database:
             rounds.add_traffic(connection, traffic, known=(state.run,))
             rounds.count_at_least(connection, least)
             if made.result is not None:
-                version = made.result.version
-                rounds.put_result(connection, state, version.created_at, made.result.outcome)
-                run_queries.insert_version(connection, version)
+                rounds.put_result(connection, state, made.result.at, made.result.outcome)
+            for version in (made.supplied, made.result.version if made.result else None):
+                if version is not None:
+                    run_queries.insert_version(connection, version)
             participation.put_conducts(connection, state.run, made.conducts)
             self._tell(connection, Topic.RUN, [state.run])
 
@@ -335,7 +338,7 @@ class Database:
             updates = rounds.select_updates(connection, run_id, number)
             version = run_queries.select_version(connection, run_id, base)
             # That of the round before, not the newest: another server may have committed this one.
-            previous = rounds.select_record_sha256(connection, run_id, number - 1)
+            previous = rounds.select_record_sha256_before(connection, run_id, number)
             norms = rounds.select_norms(connection, run_id, earlier)
             ledger = rounds.select_ledger(connection, run_id, number)
         return FoldInputs(updates, version, previous, norms, ledger)
@@ -349,6 +352,11 @@ class Database:
         """Returns the digest of the record of a round, hexadecimal, or "" if there is none."""
         with self._reading() as connection:
             return rounds.select_record_sha256(connection, run_id, number)
+
+    def record(self, run_id: str, number: int) -> tuple[str, Mapping[str, float]]:
+        """Returns the record of a round, canonical JSON, and its figures; empty if it is not committed."""
+        with self._reading() as connection:
+            return rounds.select_record(connection, run_id, number)
 
     # Traffic and evaluations
 
@@ -481,5 +489,5 @@ class Database:
 def _in_progress(run: RunRow, newest: Round | None) -> Round:
     """Returns the round that a run is in; one that nobody was sampled for is not in the database."""
     if newest is None:
-        return Round(run.id, 1)
-    return in_progress(newest, run.config.rounds, time.time(), active=run.state in ACTIVE)
+        return Round(run.id, run.version + 1)
+    return in_progress(newest, run.version, run.config.rounds, time.time(), active=run.state in ACTIVE)

@@ -94,8 +94,8 @@ class VersionRetention:
             end = newest - policy.newest + 1
             until = max(first, min(end, first + BATCH))
             known = {row.version: Retention.HELD for row in queries.select_in(connection, run, Retention.HELD)}
-            known |= dict.fromkeys(range(first, until), Retention.KEPT)
-            if not known:
+            known |= dict.fromkeys(queries.select_between(connection, run, first, until), Retention.KEPT)
+            if not known and until == first:
                 return Step()
             pinned = queries.select_bases(connection, run, newest + 1)
             states = policy.decide(known, _scores(connection, run, known), pinned)

@@ -143,10 +143,17 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A folded round: the row of the stored version, and what folding gave."""
+    """A folded round.
 
-    version: VersionRow
+    Attributes:
+        outcome: The result of folding.
+        at: Time at which it was stored.
+        version: The row of the stored version; None if the round made a sum.
+    """
+
     outcome: Outcome
+    at: float
+    version: VersionRow | None
 
 
 class RevisionMoved(Exception):
@@ -164,7 +171,8 @@ class Transition:
     Attributes:
         changes: Changes of the run, its round and its tickets.
         updates: Received updates of some of them.
-        result: The version that the transition commits, if it commits one.
+        result: The result of the round that the transition commits, if it commits one.
+        supplied: The version of a parent's server that the transition begins with, if it is that.
         conducts: Use that clients made of their tickets, as far as it changed.
         audit_events: Entries for the audit log.
         epoch: Epoch of the lease by which its round was folded; 0 where none is needed.
@@ -173,6 +181,7 @@ class Transition:
     changes: Changes
     updates: Sequence[UpdateRow] = ()
     result: Result | None = None
+    supplied: VersionRow | None = None
     conducts: Mapping[str, Conduct] = field(default_factory=dict)
     audit_events: Sequence[AuditEvent] = ()
     epoch: int = 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import shutil
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import structlog
 
@@ -46,7 +47,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound=Closable)
 
-_CREATION = "create-"
+_CREATION, _SUPPLY = "create-", "supply-"
 
 COMPUTE_THREADS = 4
 """Threads that check uploads and sync them; all of it releases the interpreter's lock. A receipt waits for nothing
@@ -307,6 +308,8 @@ class Store:
             tickets: Those whose uploads may still be wanted.
         """
         for key in self.spool.tickets():
+            if key.startswith(_SUPPLY):
+                self.updates.remove_all((key,))
             if key.startswith(_CREATION):
                 run = key.removeprefix(_CREATION)
                 if run not in runs:
@@ -345,6 +348,11 @@ def creation_key(run_id: str) -> str:
     return _CREATION + run_id
 
 
+def supply_key(run_id: str) -> str:
+    """Returns the name in the spool of the upload of a version that comes from a parent's server."""
+    return f"{_SUPPLY}{run_id}-{secrets.token_hex(4)}"
+
+
 def version_key(run_id: str, version: int, source: int | None = None, draw: str = "") -> str:
     """Returns the blob key of an adapter version; `source` and `draw` are those of its row.
 
@@ -359,6 +367,16 @@ def state_key(run_id: str, version: int, source: int | None = None, draw: str = 
     return f"{state_prefix(run_id, version)}{_suffix(source, draw)}.safetensors"
 
 
+def sum_key(run_id: str, number: int) -> str:
+    """Returns the blob key of the sum that a round made for a parent's server."""
+    return f"{sum_prefix(run_id)}{number:06}.sum128"
+
+
+def sum_prefix(run_id: str) -> str:
+    """Returns the beginning of the keys of all sums of a run."""
+    return f"runs/{run_id}/sums/"
+
+
 def version_prefix(run_id: str, version: int) -> str:
     """Returns the beginning of the keys of all files that were made for an adapter version."""
     return f"runs/{run_id}/versions/{version:06}"
@@ -369,12 +387,25 @@ def state_prefix(run_id: str, version: int) -> str:
     return f"runs/{run_id}/state/{version:06}"
 
 
-def version_files(version: VersionRow) -> Iterator[tuple[str, str, str]]:
-    """Yields kind, key and digest of the files of a version."""
+class BlobFile(NamedTuple):
+    """A file that the database names: its kind, its key, and its digest, hexadecimal."""
+
+    kind: str
+    key: str
+    sha256: str
+
+
+def version_files(version: VersionRow) -> Iterator[BlobFile]:
+    """Yields the files of a version."""
     place = version.run, version.version, version.source, version.draw
-    yield "version", version_key(*place), version.sha256
+    yield BlobFile("version", version_key(*place), version.sha256)
     if version.state_sha256:
-        yield "state", state_key(*place), version.state_sha256
+        yield BlobFile("state", state_key(*place), version.state_sha256)
+
+
+def sum_files(run_id: str, sums: Mapping[int, str]) -> Iterator[BlobFile]:
+    """Yields the files of sums, whose digests are given by round."""
+    return (BlobFile("sum", sum_key(run_id, number), sha256) for number, sha256 in sums.items())
 
 
 def _suffix(source: int | None, draw: str) -> str:

@@ -7,7 +7,6 @@ minutes keeps nobody from the receipt, because a client that asks again joins th
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,7 +15,6 @@ from functools import partial
 
 import structlog
 
-from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest
 from fedpeft.config import RunConfig
 from fedpeft.errors import (
@@ -304,7 +302,7 @@ class Uploads:
         if not self._store.spool.is_whole(header.ticket, writer.manifest.sha256):  # which is no fault of a disk
             raise StateInvalid(f"the update of ticket {header.ticket} was removed before it was counted")
         with self._store.updates.open(header.ticket, writer.manifest.sha256) as data:
-            norm = math.sqrt(payload.squared_norm(writer.manifest, data, releaser(data)))
+            norm = acceptance.norm_of(writer.manifest, data, header.examples, releaser(data))
         try:
             acceptance.check_norm(norm, config)
         except PayloadInvalid:

@@ -23,7 +23,7 @@ from fedpeft_client.state import state_dir
 from fedpeft_client.state.outbox import Outbox
 from fedpeft_client.state.state_dir import StateDirectory
 from fedpeft_client.uplink.channel import Channel
-from fedpeft_client.uplink.finished_runs import ASKED, KEPT, MARK, FinishedRuns
+from fedpeft_client.uplink.finished_runs import ASKED, KEPT, MARK, Ending, FinishedRuns
 from fedpeft_client.uplink.traffic import Traffic
 
 from ..federation import Context, Federation
@@ -63,8 +63,9 @@ class Site:
             safetensors.numpy.save_file(values, folder / f"{each}.safetensors")
         return folder
 
-    def looks(self) -> FinishedRuns:
-        return FinishedRuns(self.directory, self.outbox, self._channel, self.egress_log, self.series, logs.logger())
+    def looks(self, end: Ending | None = None) -> FinishedRuns:
+        log = logs.logger()
+        return FinishedRuns(self.directory, self.outbox, self._channel, self.egress_log, self.series, log, end)
 
     async def clean_up(self) -> None:
         await self.looks().clean_up()
@@ -93,6 +94,24 @@ async def test_what_is_over_goes_and_what_goes_on_stays(site: Site) -> None:
     assert not any(folder.exists() for folder in over)
     assert all((folder / "adapter-00.payload").exists() for folder in going)
     assert site.asked == [["run-a", "run-b", "run-c", "run-d", "run-gone"]]
+
+
+async def test_what_is_held_elsewhere_too_is_ended_there_before_it_goes(site: Site) -> None:
+    folder, ended = site.run("run-a", run_pb2.RUN_STATE_STOPPED), list[tuple[str, str]]()
+    going = site.run("run-b", run_pb2.RUN_STATE_RUNNING)
+
+    async def end(run: str, how: str) -> bool:
+        ended.append((run, how))
+        return len(ended) > 1
+
+    looks = site.looks(end)
+    await looks.clean_up()
+    assert folder.exists(), "it could not be ended"
+    await looks.clean_up()
+    assert len(ended) == 1, "the next look is an hour later"
+    looks.look_soon()
+    await looks.clean_up()
+    assert ended == 2 * [("run-a", "stopped")] and not folder.exists() and going.exists()
 
 
 async def test_what_was_not_sent_stays_a_month_and_what_is_the_owners_for_good(site: Site) -> None:

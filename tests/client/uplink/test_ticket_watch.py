@@ -74,6 +74,13 @@ async def test_what_cannot_count_is_left(answer: pb.GetUploadResponse | FedpeftE
     assert left.is_set()
 
 
+async def test_what_is_late_is_left_where_nothing_is_made_of_it() -> None:
+    answers = Answers(ISSUED, LATE)
+    with pytest.raises(TicketClosed, match="TICKET_STATE_LATE"):
+        await ticket_watch.run_while_ticket_open(cast(Channel, answers), "t", answers.work(), keeps_late=False)
+    assert not answers.through.is_set()
+
+
 async def test_each_question_says_how_far_the_training_is() -> None:
     answers, steps = Answers(ISSUED, ISSUED), TrainingProgress()
 

@@ -178,7 +178,7 @@ async def test_of_two_servers_that_draw_noise_for_a_round_one_commits_its_own(
     async def together(self: aggregation.Folding, folding: Round) -> Any:
         await both.wait()
         found = await fold(self, folding)
-        folds.append(found.outcome.adapter.sha256)
+        folds.append(found.outcome.made.sha256)
         await both.wait()
         return found
 

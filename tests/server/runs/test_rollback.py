@@ -167,14 +167,14 @@ async def test_a_version_that_is_not_the_earlier_one_is_found(start: StartDaemon
 async def lie(daemon: Daemon, run: str, scratch: Path) -> None:
     """Makes the server's record and file of version 3 those of other tensors, digests and all."""
     from fedpeft.rounds import record
-    from fedpeft.rounds.commit import write_first
+    from fedpeft.rounds.commit import write_version
     from fedpeft_server.runs.aggregation import run_header
     from fedpeft_server.store.store import version_key
 
     store = daemon.server.store
     engine = daemon.server.runs.get(run)
     forged = scratch / "forged"
-    written = write_first(run_header(engine.run), filled(9.0), forged)
+    written = write_version(run_header(engine.run), filled(9.0), forged)
     async with OperatorClient(daemon.server.settings.listen) as client:
         kept = (await client.rounds(run))[2]
     changed = json.loads(kept.record) | {"adapter_sha256": written.sha256}

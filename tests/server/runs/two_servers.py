@@ -14,7 +14,7 @@ from fedpeft.adapters import payload
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.errors import FedpeftError, PayloadInvalid, TicketNotFound
 from fedpeft.identity import audit
-from fedpeft.rounds.commit import write_first
+from fedpeft.rounds.commit import write_version
 from fedpeft.rounds.events import TimePassed
 from fedpeft.rounds.record import verify_chain
 from fedpeft.rounds.state_machine import Round, ticket_id
@@ -98,7 +98,7 @@ class Cluster:
         run = RunRow(f"run-{secrets.token_hex(6)}", config, SPEC, "ab" * 32, RunState.RUNNING, "", 0, 1.0)
         store = self.stores[0]
         path = store.scratch / run.id
-        written = write_first(run_header(run), zeros(), path)
+        written = write_version(run_header(run), zeros(), path)
         store.blobs.put(version_key(run.id, 0), path)
         version = VersionRow(run.id, 0, written.sha256, written.size_bytes, "", 1.0)
         await store.transact(store.db.create_run, run, version)

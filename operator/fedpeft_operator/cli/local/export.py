@@ -58,7 +58,7 @@ def export(
     found = _checked(adapter, info, wanted)
     check_form(info.method, form)
     check_needed(config.model, weights)
-    from fedpeft.api.restored import restored
+    from fedpeft.export.restored import restored
 
     with beside(out) as scratch:
         write(restored(config, info.backbone, adapter, weights, found), form, None, scratch / "whole", out)
@@ -83,7 +83,7 @@ def _checked(adapter: Path, info: AdapterInfo, wanted: str | None) -> str:
         BlobCorrupt: If it is another.
         OSError: If a file cannot be read.
     """
-    from fedpeft.rounds.recorded import RECORDS, recorded_sha256
+    from fedpeft.export.recorded import RECORDS, recorded_sha256
 
     found = durable.sha256(adapter).hex()
     recorded = recorded_sha256(adapter, info.run, info.version)

@@ -142,7 +142,7 @@ def beside(out: Path) -> Iterator[Path]:
 
 def _tuned(run: run_pb2.Run, adapter: Path, weights: Path | None) -> TunedModel:
     """Returns the run's model with an adapter version, its backbone proved equal."""
-    from fedpeft.api.restored import restored
+    from fedpeft.export.restored import restored
     from fedpeft.rpc.wire import config_from_proto
 
     config = config_from_proto(run.config)

@@ -67,19 +67,23 @@ async def verified(session: Session, run: str, spool: Path | None, say: Callable
 
     async with session.client() as server:
         found, _ = await server.run(run)
-        rounds = [r for r in await server.rounds(run) if r.record and r.number <= found.version]
+        relayed = not _makes_versions(found)  # then a round is committed before its parent's version is here
+        rounds = [r for r in await server.rounds(run) if r.record and (relayed or r.number <= found.version)]
         records = check_records(run, found.version, [(r.record, r.record_sha256) for r in rounds])
         with tempfile.TemporaryDirectory(prefix="fedpeft-verify-") as scratch:
             header = _header(found)
             replay = _replay(header, spool, Path(scratch), records) if spool else None
             base = Path(scratch, "version-0")
-            if records:
+            if records and not relayed:
                 await _download(server, run, 0, records[0].base_sha256, base)
             for record in records:
                 there = True
                 if record.rolled_back_to is not None:
                     there = await _check_rollback(server, header, records, record, Path(scratch))
-                base, found_there = await _check(server, record, base, replay)
+                if relayed:
+                    found_there = await _check_sum(server, record, Path(scratch), replay)
+                else:
+                    base, found_there = await _check(server, record, base, replay)
                 say(f"round {record.round}: {_agreement(replay, there=there and found_there)}")
     return {
         "run": run,
@@ -123,6 +127,22 @@ async def _check(server: OperatorClient, record: Record, base: Path, replay: Rep
     return version, there
 
 
+async def _check_sum(server: OperatorClient, record: Record, scratch: Path, replay: Replay | None) -> bool:
+    """Checks the version of a parent's server from which a round began; with a replay also the sum that it made.
+
+    Returns False if the server has the version no more; the sum is made of the updates alone.
+    """
+    base, there = scratch / "base", True
+    try:
+        await _download(server, record.run, record.round - 1, record.base_sha256, base)
+    except VersionRemoved:
+        there = False
+    if replay:
+        await asyncio.to_thread(replay.fold, record, base)
+    await asyncio.to_thread(base.unlink, missing_ok=True)
+    return there
+
+
 async def _check_rollback(
     server: OperatorClient, header: RunHeader, records: Sequence[Record], record: Record, scratch: Path
 ) -> bool:
@@ -151,6 +171,13 @@ async def _download(server: OperatorClient, run: str, version: int, sha256: str,
         raise BlobCorrupt(f"round {number}: version {version} of {run} has sha256 {found}; the record says {sha256}")
 
 
+def _makes_versions(run: run_pb2.Run) -> bool:
+    """Returns False if a parent's server makes the versions of a run."""
+    from fedpeft.rounds.policies import policies
+
+    return policies.get(_header(run).config.rounds.policy_name).makes_versions
+
+
 def _header(run: run_pb2.Run) -> RunHeader:
     from fedpeft.rounds.commit import RunHeader
     from fedpeft.rpc.wire import config_from_proto, spec_from_proto
@@ -169,6 +196,7 @@ def _row(record: Record, sha256: str, replayed: bool) -> views.Json:
         "round": record.round,
         "record_sha256": sha256,
         "adapter_sha256": record.adapter_sha256,
+        **({"sum_sha256": record.sum_sha256} if record.sum_sha256 else {}),
         "clients": [counted.client for counted in record.contributions],
         "replayed": replayed,
     }

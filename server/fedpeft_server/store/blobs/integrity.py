@@ -42,6 +42,8 @@ class Kind(StrEnum):
     """An adapter version."""
     STATE = "state"
     """The state of a strategy that belongs to one."""
+    SUM = "sum"
+    """The sum of a round, for a parent's server."""
     UPDATE = "update"
     """A received update."""
     DOWNLOAD = "download"

@@ -41,6 +41,13 @@ def select_in(connection: Connection, run: str, state: Retention, most: int | No
     return [VersionRow.of(row._asdict()) for row in connection.execute(query)]
 
 
+def select_between(connection: Connection, run: str, first: int, end: int) -> list[int]:
+    """Returns the versions of a run from `first` on and below `end`; of a relayed run some numbers are missing."""
+    t = tables.versions
+    query = select(t.c.version).where(t.c.run == run, t.c.version >= first, t.c.version < end)
+    return list(connection.execute(query).scalars())
+
+
 def put_states(connection: Connection, run: str, states: Mapping[int, Retention]) -> None:
     """Writes the states of versions."""
     t = tables.versions

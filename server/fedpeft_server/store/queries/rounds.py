@@ -142,6 +142,20 @@ def select_record_sha256(connection: Connection, run: str, number: int) -> str:
     return connection.execute(query).scalar() or ""
 
 
+def select_record_sha256_before(connection: Connection, run: str, number: int) -> str:
+    """Returns the digest of the record of the newest committed round before one, or "" if there is none."""
+    t = tables.rounds
+    query = select(t.c.record_sha256).where(t.c.run == run, t.c.number < number, t.c.record_sha256 != "")
+    return connection.execute(query.order_by(t.c.number.desc()).limit(1)).scalar() or ""
+
+
+def select_record(connection: Connection, run: str, number: int) -> tuple[str, Mapping[str, float]]:
+    """Returns the record of a round and its figures; empty if it is not committed."""
+    t = tables.rounds
+    row = connection.execute(select(t.c.record, t.c.metrics).where(t.c.run == run, t.c.number == number)).first()
+    return (row.record, row.metrics) if row else ("", {})
+
+
 def add_traffic(
     connection: Connection, deltas: Mapping[tuple[str, int, str], Traffic], known: Collection[str] = ()
 ) -> None:

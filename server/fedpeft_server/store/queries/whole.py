@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from sqlalchemy import Connection, select
 
+from fedpeft.rounds import record
 from fedpeft.rounds.state_machine import Phase
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store import tables
@@ -31,6 +32,14 @@ def select_records(connection: Connection, run: str) -> list[tuple[int, str, str
     return [(row.number, row.record, row.record_sha256) for row in connection.execute(query.order_by(t.c.number))]
 
 
+def select_sums(connection: Connection, run: str) -> dict[int, str]:
+    """Returns the digests of the sums of a run that a parent's server may still ask for, by round."""
+    n, r = tables.rounds, tables.runs
+    query = select(n.c.number, n.c.record).join(r, r.c.id == n.c.run)
+    rows = connection.execute(query.where(n.c.run == run, n.c.number > r.c.version, n.c.record != ""))
+    return {number: record.parse(text).sum_sha256 for number, text in rows}
+
+
 def select_wanted(connection: Connection) -> Iterator[tuple[str, str, str, str]]:
     """Yields run, client, ticket and payload's digest of the updates that were received and not folded yet."""
     r, n, t, u = tables.runs, tables.rounds, tables.tickets, tables.updates
@@ -42,6 +51,7 @@ def select_wanted(connection: Connection) -> Iterator[tuple[str, str, str, str]]
         .where(
             t.c.state == str(TicketState.RECEIVED),
             n.c.phase.in_((str(Phase.OPEN), str(Phase.AGGREGATING))),
+            n.c.stopped.is_(False),
             r.c.state.in_((str(RunState.RUNNING), str(RunState.PAUSED))),
         )
         .order_by(t.c.run, t.c.client)

@@ -1,0 +1,71 @@
+"""The edge's server, as a relay calls it, and which of its errors are worth another call."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+
+from fedpeft.api.operator_client import OperatorClient
+from fedpeft.errors import DiskFull, FedpeftError, LocalError, TrainingFailed, Unavailable
+from fedpeft.identity import certificates
+from fedpeft.identity.folder import Identity
+from fedpeft.process.logs import Log
+from fedpeft_client.relay.options import RelayOptions
+from fedpeft_client.timing import TIMING, Timing
+
+AWAY = (DiskFull, Unavailable)
+"""Errors of a server that is away, or cannot do its work for now."""
+
+
+class Edge:
+    """The edge's server.
+
+    Args:
+        options: Its address, and as whom it is called.
+        timing: The client's.
+    """
+
+    def __init__(self, options: RelayOptions, timing: Timing = TIMING) -> None:
+        self.timing = timing
+        self._options = options
+
+    @asynccontextmanager
+    async def connected(self, *, attempts: int | None = None) -> AsyncIterator[OperatorClient]:
+        """Opens a connection, for which the certificate is read anew, and renewed past half of its life.
+
+        Args:
+            attempts: Times that a call is made before an unavailable server is given up; as usual if None.
+
+        Raises:
+            IdentityInvalid: If the identity cannot be used.
+            CertificateExpired: If its certificate has ended.
+        """
+        identity = None
+        if self._options.identity is not None:
+            identity = Identity.load(self._options.identity)
+            certificates.check_time(identity.certificate, datetime.now(UTC))
+        more = {} if attempts is None else {"attempts": attempts}
+        async with OperatorClient(self._options.server, identity, **more) as server:
+            yield server
+
+    async def look(self, log: Log) -> None:
+        """Asks whether the server is there, and logs it if not, or if it does not let this relay in."""
+        try:
+            async with self.connected(attempts=1) as server:
+                server.timeout_s = self.timing.relay_look_s
+                await server.runs()
+        except FedpeftError as error:
+            log.warning("the edge's server does not answer as it should", server=self._options.server, cause=str(error))
+
+
+def private(error: FedpeftError, log: Log) -> TrainingFailed:
+    """Returns what the parent's server is told of an error of the edge's; all of it is logged here.
+
+    The sentence of an error may name the edge's clients, addresses and files.
+    """
+    log.error("the edge's server could not be worked with", reason=error.reason, cause=str(error))
+    whose = "its agent" if isinstance(error, LocalError) else "its server"
+    return TrainingFailed(
+        f"the edge has no sum: {whose} fails with {error.reason}; the log of the edge's agent says why"
+    )

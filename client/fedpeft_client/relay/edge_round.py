@@ -1,0 +1,231 @@
+"""One round at the edge: its version is supplied, its clients' updates are awaited, and their sum is fetched.
+
+    GetRun -- not there --> CreateRun from the version --+
+       | older version ---> SupplyVersion ---------------+--> WatchRun until the round is committed --> DownloadSum
+       | the round is committed already: the agent, or the parent, lost the update -------------------------^
+
+All of it may be begun again at any time, by this process or the next: the edge's server keeps what there is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpeft.adapters.payload import Decoded, Manifest
+from fedpeft.api.operator_client import OperatorClient
+from fedpeft.api.round_parts import folded
+from fedpeft.errors import ConfigInvalid, FedpeftError, RunNotFound, SpecInvalid, TrainingFailed
+from fedpeft.formatting import counted
+from fedpeft.process.logs import Log
+from fedpeft.process.mapped_files import mapped, releaser
+from fedpeft.v1 import operator_service_pb2 as pb
+from fedpeft.v1 import run_pb2
+from fedpeft_client.relay.edge import AWAY, Edge, private
+from fedpeft_client.relay.options import RelayOptions
+from fedpeft_client.relay.rules import edge_config
+from fedpeft_client.state.runs import KnownRun
+
+PARTS = 100
+"""An update counts for so many steps of progress, so that steps move while clients train."""
+
+
+@dataclass(frozen=True)
+class RoundRequest:
+    """A round of the parent's run that the edge is to work for.
+
+    Attributes:
+        run: The parent's run.
+        number: The round.
+        manifest: The description of version `number` - 1.
+        adapter: Its payload.
+        out: The file that the sum is written to.
+    """
+
+    run: KnownRun
+    number: int
+    manifest: Manifest
+    adapter: Path
+    out: Path
+
+    @property
+    def version(self) -> int:
+        """The version that the round begins with."""
+        return self.number - 1
+
+
+class EdgeRound:
+    """A round at the edge.
+
+    Args:
+        edge: The edge's server.
+        options: The relay's options.
+        request: The round.
+        progress: Called every `Timing.relay_report_s` with `step` of `steps`, and how many `updates` there are
+            `of` those wanted.
+        stop: Returns True once it is to end.
+        log: Log of the relay.
+    """
+
+    def __init__(
+        self,
+        edge: Edge,
+        options: RelayOptions,
+        request: RoundRequest,
+        progress: Callable[[dict[str, Any]], None],
+        stop: Callable[[], bool],
+        log: Log,
+    ) -> None:
+        self._edge = edge
+        self._timing = edge.timing
+        self._options = options
+        self._request = request
+        self._progress = progress
+        self._stop = stop
+        self._log = log
+        self._run = run_pb2.Run()
+        self._rounds: dict[int, run_pb2.Round] = {}
+        self._failing_since: float | None = None
+
+    async def collect(self) -> pb.DownloadSumHeader:
+        """Returns the description of the sum, once it is on disk.
+
+        Raises:
+            ConfigInvalid: If the edge's server does not take the run.
+            TrainingFailed: If there will be no sum, if the server has been away for `Timing.relay_away_s`, or if it is
+                to stop.
+        """
+        work = asyncio.ensure_future(self._insist())
+        try:
+            while not (await asyncio.wait({work}, timeout=self._timing.relay_report_s))[0]:
+                if self._stop():
+                    raise TrainingFailed(f"it was stopped as asked, with {counted(self._received(), 'update')}")
+                self._report()
+            return await work
+        finally:
+            await _cancelled(work)
+
+    async def _insist(self) -> pb.DownloadSumHeader:
+        while True:
+            try:
+                async with self._edge.connected() as server:
+                    return await self._collect(server)
+            except AWAY as error:
+                now = time.monotonic()
+                if self._failing_since is None:
+                    self._failing_since = now
+                    self._log.warning("the edge's server is away; it is called again", cause=str(error))
+                elif now - self._failing_since >= self._timing.relay_away_s:
+                    raise private(error, self._log) from None
+            except (ConfigInvalid, SpecInvalid) as error:
+                raise ConfigInvalid(f"the edge's server does not take the run: {error.message}") from None
+            except TrainingFailed:
+                raise
+            except FedpeftError as error:
+                raise private(error, self._log) from None
+            await asyncio.sleep(self._timing.relay_report_s)
+
+    async def _collect(self, server: OperatorClient) -> pb.DownloadSumHeader:
+        await self._begin(server)
+        self._failing_since = None
+        if not self._is_over():
+            await self._await_updates(server)
+        return await server.download_sum(self._request.run.id, self._request.number, self._request.out)
+
+    async def _begin(self, server: OperatorClient) -> None:
+        """Has the edge's run begin the round, if it has not."""
+        ours = self._request
+        try:
+            self._run, _ = await server.run(ours.run.id)
+        except RunNotFound:
+            self._run = await self._create(server)
+            return
+        found = await server.rounds(ours.run.id, after=ours.version, records=False)
+        self._rounds = {each.number: each for each in found}
+        if self._is_over():
+            return
+        if self._run.version < ours.version:
+            self._run = await server.supply_version(ours.run.id, ours.version, ours.run.spec, self._tensors())
+            self._log.info("version is supplied to the edge", version=ours.version)
+        elif self._run.version > ours.version:
+            raise TrainingFailed(
+                f"the edge has version {self._run.version} of the run by now, and made no sum of round {ours.number}"
+            )
+
+    async def _create(self, server: OperatorClient) -> run_pb2.Run:
+        ours = self._request
+        config = edge_config(ours.run.config, self._options)
+        run = await server.create_run(
+            config,
+            ours.run.spec,
+            ours.run.fingerprint,
+            self._tensors(),
+            ours.run.message.model_parameters,
+            relays=pb.Relay(run=ours.run.id, version=ours.version),
+        )
+        self._log.info("run is created at the edge", version=ours.version, clients=config.rounds.clients)
+        return run
+
+    def _tensors(self) -> Decoded:
+        data = mapped(self._request.adapter)
+        return Decoded(self._request.manifest, data, releaser(data))
+
+    async def _await_updates(self, server: OperatorClient) -> None:
+        """Waits until the round is over; asks meanwhile how far the clients are, which a watch does not say."""
+        watching = asyncio.ensure_future(self._watch(server))
+        try:
+            while not (await asyncio.wait({watching}, timeout=self._timing.relay_report_s))[0]:
+                self._run, _ = await server.run(self._request.run.id)
+            await watching
+        finally:
+            await _cancelled(watching)
+
+    async def _watch(self, server: OperatorClient) -> None:
+        async for change in server.watch(self._request.run.id, after=self._request.version):
+            self._run, self._rounds = change.run, folded(self._rounds, change.rounds)
+            if self._is_over():
+                return
+
+    def _is_over(self) -> bool:
+        """Returns True if the round is committed, or the edge's run went on without it.
+
+        Raises:
+            TrainingFailed: If it is paused or stopped before that.
+        """
+        number, run = self._request.number, self._run
+        known = self._rounds.get(number)
+        if known is not None and known.phase == run_pb2.ROUND_PHASE_COMMITTED:
+            return True
+        if run.state == run_pb2.RUN_STATE_COMPLETED or any(each > number for each in self._rounds):
+            return True
+        if run.state in (run_pb2.RUN_STATE_PAUSED, run_pb2.RUN_STATE_STOPPED):
+            how = "paused" if run.state == run_pb2.RUN_STATE_PAUSED else "stopped"
+            self._log.error(f"the edge's run is {how}", cause=run.reason)  # which may name clients and files
+            there = counted(self._received(), "update")
+            raise TrainingFailed(f"the edge's run is {how}, with {there} of round {number}; its operator sees why")
+        return False
+
+    def _received(self) -> int:
+        known = self._rounds.get(self._request.number)
+        tickets = known.tickets if known is not None else ()
+        return sum(ticket.state == run_pb2.TICKET_STATE_RECEIVED for ticket in tickets)
+
+    def _report(self) -> None:
+        received, wanted = self._received(), self._run.config.rounds.clients or self._options.clients
+        begun = sum(PARTS * each.step // each.steps for each in self._run.awaited if each.step <= each.steps != 0)
+        steps = PARTS * wanted
+        self._progress(
+            {"step": min(PARTS * received + begun, steps), "steps": steps, "updates": received, "of": wanted}
+        )
+
+
+async def _cancelled(task: asyncio.Future[Any]) -> None:
+    """Ends a task, if it has not ended, and waits for that."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # it was raised where the task was awaited

@@ -1,0 +1,98 @@
+"""The worker of a relay: it has the edge's server collect updates, and computes nothing itself. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+from google.protobuf import json_format
+
+from fedpeft.api.operator_client import FINISHED
+from fedpeft.errors import FedpeftError, RunNotFound
+from fedpeft.rpc import wire
+from fedpeft.v1 import tensor_pb2
+from fedpeft_client.owner.policy import Policy
+from fedpeft_client.relay.edge import Edge
+from fedpeft_client.relay.edge_round import EdgeRound, RoundRequest
+from fedpeft_client.relay.options import RelayOptions
+from fedpeft_client.relay.rules import reasons_against
+from fedpeft_client.state.outbox import PAYLOAD
+from fedpeft_client.state.runs import KnownRun
+
+_log = structlog.get_logger(__name__)
+
+Message = dict[str, Any]
+
+
+class RelayWorker:
+    """Works for the agent of an edge.
+
+    Args:
+        options: The `open` request: relay, policy.
+    """
+
+    def __init__(self, options: Message) -> None:
+        self._options = RelayOptions.from_json(options["relay"])
+        self._policy = Policy.model_validate(options["policy"])
+        self._edge = Edge(self._options)
+
+    def hello(self) -> Message:
+        """Returns what a relay says of itself: no torch, methods or data of its own."""
+        return {
+            "torch": "",
+            "device": "relay of an edge",
+            "methods": [],
+            "rows": self._options.examples or 0,
+            "rows_are": "examples",
+        }
+
+    def check(self, request: Message) -> Message:
+        """Returns why a run does not suit a relay; a server of the edge that is away is no reason against it."""
+        run = KnownRun.from_json(request["run"], of_sums=True)
+        reasons = reasons_against(run, self._options, self._policy)
+        if not reasons:
+            asyncio.run(self._edge.look(_log))
+        return {
+            "reasons": [reason.as_json() for reason in reasons],
+            "report": {} if reasons else {"examples": self._options.examples or 0},
+        }
+
+    def train(self, request: Message, progress: Callable[[Message], None], stop: Callable[[], bool]) -> Message:
+        """Has the edge's server collect the updates of a round; writes the payload of their sum into `out`."""
+        began = time.monotonic()
+        wanted = RoundRequest(
+            KnownRun.from_json(request["run"], of_sums=True),
+            int(request["round"]),
+            wire.manifest_from_proto(json_format.ParseDict(request["adapter"]["manifest"], tensor_pb2.Manifest())),
+            Path(request["adapter"]["payload"]),
+            Path(request["out"]) / PAYLOAD,
+        )
+        found = asyncio.run(EdgeRound(self._edge, self._options, wanted, progress, stop, _log).collect())
+        return {
+            "manifest": json_format.MessageToDict(found.manifest),
+            "examples": found.examples,
+            "metrics": {**found.metrics, "seconds": time.monotonic() - began},
+            "facts": {},
+        }
+
+    def finished(self, request: Message) -> Message:
+        """Stops the edge's run of a parent's run that is over; returns whether that is done, or need not be."""
+        return {"done": asyncio.run(self._stop_run(str(request["run"]["id"]), str(request["how"])))}
+
+    async def _stop_run(self, run: str, how: str) -> bool:
+        try:
+            async with self._edge.connected() as server:
+                found, _ = await server.run(run)
+                if found.state not in FINISHED:
+                    await server.stop(run, f"the parent's run is {how}")
+                    _log.info("the edge's run is stopped, for the parent's is over", state=how)
+        except RunNotFound:
+            return True
+        except FedpeftError as error:
+            _log.warning("the edge's run could not be stopped; trying again later", cause=str(error))
+            return False
+        return True

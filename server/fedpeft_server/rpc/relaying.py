@@ -1,0 +1,139 @@
+"""Calls of an edge's agent: versions of the parent's server come in, and the sums of rounds go out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from functools import partial
+
+from fedpeft.adapters import payload
+from fedpeft.adapters.payload import chunks
+from fedpeft.errors import (
+    BlobCorrupt,
+    ChunkInvalid,
+    ManifestInvalid,
+    OffsetOutOfRange,
+    RunNotRelayed,
+    SumNotFound,
+)
+from fedpeft.privacy.statement import EPSILON
+from fedpeft.rounds import record
+from fedpeft.rounds.contributions import sum_manifest
+from fedpeft.rounds.policies import policies
+from fedpeft.rpc.wire import manifest_from_proto, manifest_to_proto
+from fedpeft.v1 import operator_service_pb2 as pb
+from fedpeft.v1 import tensor_pb2
+from fedpeft_server.access.call import actor
+from fedpeft_server.rpc.new_runs import stored_version
+from fedpeft_server.runs.engine import RunEngine
+from fedpeft_server.runs.runs import Runs
+from fedpeft_server.store.blobs.integrity import Kind
+from fedpeft_server.store.blobs.open_file import OpenFile
+from fedpeft_server.store.store import Store, sum_key, supply_key
+from fedpeft_server.uploads.incoming import Context
+from fedpeft_server.uploads.pipeline import Uploads
+
+_OF_AN_UPDATE = {"loss": "train_loss", EPSILON: EPSILON}
+"""Figures of an update that a sum has too, each with the round's figure that it is: a mean, and the largest one."""
+
+
+class Relaying:
+    """The part of the operators' service that an edge's agent calls.
+
+    Args:
+        runs: All runs.
+        store: Database, blobs and spool.
+        uploads: Receives payloads.
+    """
+
+    def __init__(self, runs: Runs, store: Store, uploads: Uploads) -> None:
+        self._runs = runs
+        self._store = store
+        self._uploads = uploads
+
+    async def supply(self, requests: AsyncIterator[pb.SupplyVersionRequest], context: Context) -> RunEngine:
+        """Takes a version of the parent's server; returns its run.
+
+        Raises:
+            RunNotFound: If there is no such run.
+            FedpeftError: As `RunEngine.supply` and `Uploads.create`.
+        """
+        first = await anext(requests, None)
+        if first is None or not first.HasField("header"):
+            raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
+        header = first.header
+        engine = await self._relayed(header.run)
+        try:
+            manifest = manifest_from_proto(header.manifest)
+            payload.check_manifest(manifest, engine.run.spec.shared, ("float32",))
+        except ManifestInvalid as error:
+            raise error.within("header.manifest") from None
+        key = supply_key(engine.run.id)
+        try:
+            await self._uploads.create(key, manifest, context)
+            stored = partial(stored_version, self._store, key, engine.run, manifest, header.version)
+            await engine.supply(header.version, stored, actor())
+        finally:
+            self._store.soon(self._store.updates.remove_all, (key,))
+        return engine
+
+    async def sum_of(self, request: pb.DownloadSumRequest) -> AsyncGenerator[pb.DownloadSumResponse, None]:
+        """Yields the sum of a round: a header, then its payload in chunks.
+
+        Raises:
+            RunNotFound: If there is no such run.
+            RunNotRelayed: If its rounds make versions.
+            SumNotFound: If the round is not committed, or a later version was supplied since.
+            OffsetOutOfRange: If the payload is shorter than the offset.
+            BlobCorrupt: If it does not have its digest.
+        """
+        engine = await self._relayed(request.run)
+        run, number = engine.run, request.round
+        text, figures = await self._store.read(self._store.db.record, run.id, number)
+        if not text or number <= run.version:
+            why = "a later version was supplied since" if number <= run.version else "it is not committed"
+            raise SumNotFound(f"{run.id} has no sum of round {number}: {why}")
+        said = record.parse(text)
+        manifest = sum_manifest(run.spec.sent(number), bytes.fromhex(said.sum_sha256))
+        if request.offset > manifest.payload_bytes:
+            fault = f"is {request.offset}; the sum has {manifest.payload_bytes} bytes"
+            raise OffsetOutOfRange(f"the offset {fault}", (("offset", fault),))
+        metrics = {"updates": float(len(said.contributions))}
+        for name, of_round in _OF_AN_UPDATE.items():
+            if of_round in figures:
+                metrics[name] = figures[of_round]
+        examples = sum(contributed.examples for contributed in said.contributions)
+        try:
+            async with self._store.opened(self._opened, sum_key(run.id, number), said.sum_sha256) as file:
+                described = manifest_to_proto(manifest)
+                header = pb.DownloadSumHeader(manifest=described, examples=examples, metrics=metrics)
+                yield pb.DownloadSumResponse(header=header)
+                for offset, length in chunks(request.offset, manifest.payload_bytes):
+                    data = await self._store.file(file.read, offset, length)
+                    yield pb.DownloadSumResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
+        except BlobCorrupt:
+            if number <= engine.run.version:  # it was removed meanwhile
+                raise SumNotFound(
+                    f"{run.id} has no sum of round {number}: a later version was supplied since"
+                ) from None
+            raise
+
+    def _opened(self, key: str, sha256: str) -> OpenFile:
+        """Opens a stored sum.
+
+        Raises:
+            BlobCorrupt: If it does not have its digest.
+        """
+        with self._store.blobs.verified(key, sha256, Kind.SUM) as path:
+            return OpenFile(path)
+
+    async def _relayed(self, run: str) -> RunEngine:
+        """Returns the engine of a run whose rounds make sums.
+
+        Raises:
+            RunNotFound: If there is no such run.
+            RunNotRelayed: If its rounds make versions.
+        """
+        engine = await self._runs.look_up(run)
+        if policies.get(engine.run.config.rounds.policy_name).makes_versions:
+            raise RunNotRelayed(f"{run} makes its versions itself; only the part of a parent's run is relayed")
+        return engine

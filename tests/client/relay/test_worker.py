@@ -1,0 +1,96 @@
+"""The worker of a relay: no torch, an honest registration, and an edge's run that ends with the parent's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft.errors import IdentityInvalid
+from fedpeft.identity.authority import Authority
+from fedpeft.identity.subject import Role
+from fedpeft.process import logs
+from fedpeft.v1 import run_pb2
+from fedpeft_client.agent import registration
+from fedpeft_client.relay.options import RelayOptions, check_identity
+from fedpeft_client.settings import Settings
+from fedpeft_client.worker.handle import WorkerProcess, end_at_edge
+
+from ...operator.operator_double import Double, Serving, a_run, serving
+from ..enrolment.test_site_identity import enrolled
+from .test_rules import EXACT, known
+
+NOBODY = "127.0.0.1:1"
+MODULES = """
+import json, sys
+from fedpeft_client.worker import process
+process._Worker(sys.stdout, bool).answer(json.loads(sys.argv[1]))
+print(json.dumps(sorted({"torch", "timm", "torchvision"} & set(sys.modules))))
+"""
+
+
+def opening(server: str, **more: Any) -> dict[str, Any]:
+    relay = RelayOptions(server, 2, **more).as_json()
+    logged = {"log_format": "json", "verbose": False, "client": "edge"}
+    return {"op": "open", "data": None, "relay": relay, "policy": {}, **logged}
+
+
+@pytest.fixture
+def served() -> Iterator[Serving]:
+    with serving(Double()) as answer:
+        yield answer
+
+
+@pytest.fixture
+async def worker(served: Serving) -> AsyncIterator[WorkerProcess]:
+    made = WorkerProcess(opening(served.address, examples=900), logs.logger())
+    yield made
+    await made.close()
+
+
+def test_it_loads_no_torch() -> None:
+    command = [sys.executable, "-c", MODULES, json.dumps(opening(NOBODY))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    hello, modules = map(json.loads, done.stdout.splitlines())
+    assert hello["result"]["device"] == "relay of an edge" and modules == []
+
+
+async def test_it_says_what_it_is(worker: WorkerProcess) -> None:
+    hello = await worker.start()
+    flags = ["--server", NOBODY, "--name", "edge", "--state-dir", "s", "--relay", NOBODY, "--relay-clients", "2"]
+    said = registration(Settings.read(flags), hello).capabilities
+    assert (said.device, said.examples, list(said.methods)) == ("relay of an edge", 900, [])
+    assert said.software.startswith("fedpeft ") and "torch" not in said.software and "sum128" in said.encodings
+
+
+async def test_an_edge_that_is_away_is_no_reason_against_a_run() -> None:
+    worker = WorkerProcess(opening(NOBODY), logs.logger())
+    try:
+        fits = await worker.ask({"op": "check", "run": known(**EXACT).as_json()})
+        assert fits == {"reasons": [], "report": {"examples": 0}}
+        declined = await worker.ask({"op": "check", "run": known().as_json()})
+        assert [reason["kind"] for reason in declined["reasons"]] == ["CONFIG_INVALID"] and not declined["report"]
+        assert not await end_at_edge(worker, "run-a", "stopped"), "it is to be tried again"
+    finally:
+        await worker.close()
+
+
+async def test_a_run_that_is_over_is_stopped_at_the_edge(served: Serving, worker: WorkerProcess) -> None:
+    served.double.runs = {"run-a": a_run("run-a"), "run-b": a_run("run-b", state=run_pb2.RUN_STATE_COMPLETED)}
+    for run in ("run-a", "run-b", "run-c"):
+        assert await end_at_edge(worker, run, "deleted")
+    stopped, over = served.double.runs.values()
+    assert (stopped.state, stopped.reason) == (run_pb2.RUN_STATE_STOPPED, "the parent's run is deleted")
+    assert over.state == run_pb2.RUN_STATE_COMPLETED
+
+
+def test_a_relay_calls_its_edge_as_an_operator(tmp_path: Path) -> None:
+    authority = Authority.make("an edge")
+    check_identity("edge.example:7070", enrolled(authority, tmp_path / "ada", Role.OPERATOR), insecure=False)
+    with pytest.raises(IdentityInvalid, match="a relay calls the edge's server as an operator of it"):
+        check_identity("edge.example:7070", enrolled(authority, tmp_path / "noto"), insecure=False)
