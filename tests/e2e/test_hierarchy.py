@@ -160,6 +160,26 @@ def test_a_relay_outlives_kills_of_its_server_and_of_itself(federations: Callabl
     assert [each["clients"] for each in rounds_of(edge, run)] == 2 * [["alice", "bob"]]
 
 
+@pytest.mark.slow
+def test_a_round_that_closed_without_the_edge_is_left_for_the_next_one(federations: Callable[[str], Edge]) -> None:
+    parent, edge = federations("parent"), federations("edge")
+    write_site(parent.folder / "carol" / "data.parquet", 2)
+    text = run_file(2).replace("quorum = 2", "quorum = 1\nmin_available = 2").replace("300", "30")
+    parent.run_file.write_text(text)
+    parent.server()
+    edge.server()
+    agent = edge.agent(parent, clients=1)  # of which none is there
+    parent.client("carol")
+    run = parent.create()
+    (given_up,) = wait_for(lambda: agent.events("ticket is given up"), "the end of the first round")
+    assert given_up["cause"] == "the ticket is TICKET_STATE_LATE; its training ends"
+    edge.client("alice")
+    parent.finish(run)
+    edge.end()
+    assert [each["clients"] for each in rounds_of(parent, run)] == [["carol"], ["carol", "edge"]]
+    assert [(each["version"], each["clients"]) for each in rounds_of(edge, run)] == [(2, ["alice"])]
+
+
 def test_a_parents_run_that_is_stopped_is_stopped_at_the_edge(federations: Callable[[str], Edge]) -> None:
     parent, edge = federations("parent"), federations("edge")
     parent.run_file.write_text(run_file(1).replace("steps = 3", "steps = 1_000_000"))
