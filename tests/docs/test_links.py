@@ -55,3 +55,11 @@ def test_a_link_out_of_the_site_to_nothing_is_a_warning(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         on_a_page("See [it](../../NOTHING.md).")
     assert "tutorials/page.md links to ../../NOTHING.md, which is not there" in caplog.text
+
+
+def test_every_page_of_decisions_is_listed_for_readers_and_for_the_site() -> None:
+    names = sorted(path.name for path in (ROOT / "docs" / "adr").glob("*.md"))
+    assert names
+    for page in ("docs/README.md", "mkdocs.yml"):
+        listed = re.findall(r"adr/(\d{4}-[\w-]+\.md)", (ROOT / page).read_text(encoding="utf-8"))
+        assert [name for name in listed if name in names] == names, page

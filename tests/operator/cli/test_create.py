@@ -55,6 +55,20 @@ def run_file(folder: Path, method: str = "bias", extra: str = "") -> Path:
     return path
 
 
+def test_flags_stand_in_place_of_fields_of_the_file(
+    served: Serving, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--set", "training.learning_rate=0.005", "--set", "rounds.count=5", "--seed", "11"]
+    assert fedpeft("run", "create", str(run_file(tmp_path)), "--check", "--json", *flags) == 0
+    made = json.loads(capfd.readouterr().out)["config"]
+    assert made["training"]["learning_rate"] == 0.005
+    assert (made["rounds"]["count"], made["rounds"]["seed"], made["rounds"]["clients"]) == (5, 11, 2)
+    assert fedpeft("run", "create", str(run_file(tmp_path)), "--check", "--set", "rounds.count") != 0
+    assert "KEY=VALUE" in capfd.readouterr().err
+    assert fedpeft("run", "create", str(run_file(tmp_path)), "--check", "--set", "rounds.cuont=3") != 0
+    assert "rounds.cuont" in capfd.readouterr().err
+
+
 def test_created_run_is_version_0_of_the_file(
     served: Serving, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from fedpeft.api import views
 from fedpeft.formatting import counted
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import OF_SERVER, epilog
+from fedpeft_operator.cli.overrides import Seed, Settings, override_of
 from fedpeft_operator.cli.session import Session, require, run_async, session_of
 from fedpeft_operator.cli.weights import Weights, check_needed
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 EPILOG = epilog(
     "fedpeft run create emoji.toml --check",
     "fedpeft --server 127.0.0.1:7070 run create emoji.toml",
+    "fedpeft run create emoji.toml --set training.learning_rate=0.005 --seed 1",
     ends=OF_SERVER,
 )
 
@@ -35,12 +37,14 @@ def create(
         ),
     ] = False,
     weights: Weights = None,
+    settings: Settings = [],  # noqa: B006
+    seed: Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Create a run from a run file: builds the model and uploads adapter version 0."""
     from fedpeft.config import faults_in, load_run_file
 
-    config = load_run_file(file)
+    config = load_run_file(file, override_of(settings, seed))
     check_needed(config.model, weights)
     with faults_in(file):
         if check:

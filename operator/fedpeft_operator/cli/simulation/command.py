@@ -14,6 +14,7 @@ from fedpeft_operator.cli.columns import ImageColumn, LabelColumn, MaxImagePixel
 from fedpeft_operator.cli.epilogs import epilog
 from fedpeft_operator.cli.exit_codes import Exit
 from fedpeft_operator.cli.imports import Imports
+from fedpeft_operator.cli.overrides import Seed, Settings, override_of
 from fedpeft_operator.cli.session import require
 from fedpeft_operator.cli.simulation import options, start
 from fedpeft_operator.cli.simulation.outcome import say_outcome
@@ -32,8 +33,8 @@ def simulate(
     out: options.Out,
     evaluate: options.Evaluate = None,
     weights: Weights = None,
-    settings: options.Settings = [],  # noqa: B006  # typer copies it
-    seed: options.Seed = None,
+    settings: Settings = [],  # noqa: B006  # typer copies it
+    seed: Seed = None,
     engine: options.Engine = None,
     label_map: options.LabelMap = None,
     image_column: ImageColumn = None,
@@ -51,9 +52,11 @@ def simulate(
     """
     require("train", "torch", "timm", "pyarrow")
     from fedpeft.config import faults_in
+    from fedpeft.config.overrides import merged
 
     note = output.note if not as_json else lambda _: None
-    override = start.override_of(settings, seed, engine)
+    placed = {} if engine is None else {"simulation": {"engine": engine}}
+    override = merged(override_of(settings, seed), placed)
     config = start.config_of(file, override, None if label_map else data, image_column, label_column)
     check_needed(config.model, weights)
     note(f"{config.name}: {start.plan(config)}; loading PyTorch and {data} ...")

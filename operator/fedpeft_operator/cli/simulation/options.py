@@ -24,11 +24,6 @@ Out = Annotated[
 Evaluate = Annotated[
     Path | None, typer.Option("--eval", metavar="PATH", help="Held-out data on which every version is scored.")
 ]
-Settings = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="A field in place of the run file's, such as rounds.count=3."),
-]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="The run's seed in place of the file's.")]
 Engine = Annotated[
     str | None,
     typer.Option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +11,6 @@ from fedpeft.api import views
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
-
-
-def override_of(settings: Sequence[str], seed: int | None, engine: str | None) -> views.Json:
-    """Returns the fields that flags give in place of the run file's.
-
-    Raises:
-        ConfigInvalid: If a setting is not KEY=VALUE.
-    """
-    from fedpeft.config.overrides import merged, parse_overrides
-
-    seeded = {} if seed is None else {"rounds": {"seed": seed}}
-    placed = {} if engine is None else {"simulation": {"engine": engine}}
-    return merged(merged(parse_overrides(settings), seeded), placed)
 
 
 def config_of(
