@@ -58,6 +58,10 @@ class UpdateStore(Protocol):
         """Tries again to remove what could not be removed before."""
 
 
+AT_ONCE_BYTES = 5 * 1024 * 1024
+"""An update that is no larger is put into a bucket in one request; pieces of one take three at least."""
+
+
 class BucketUpdates:
     """Updates in the spool, and in an object store as soon as they are whole.
 
@@ -85,7 +89,9 @@ class BucketUpdates:
         """Makes a checked payload durable in both places; None if the writer is not the newest any more."""
         path = self._spool.publish(writer)
         if path is not None:
-            self._blobs.put(update_key(writer.ticket, writer.manifest.sha256.hex()), _pieces(path))
+            whole = writer.manifest.payload_bytes <= AT_ONCE_BYTES
+            key = update_key(writer.ticket, writer.manifest.sha256.hex())
+            self._blobs.put(key, b"".join(_pieces(path)) if whole else _pieces(path))
         return path
 
     @contextmanager
