@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install s3 demo test test-slow check proto bench bench-compare docs notebooks dist test-dist test-compose test-network test-schedules chaos chaos-goodput interop screenshots
+.PHONY: help install s3 demo test test-slow check proto bench bench-compare docs notebooks dist test-dist test-compose test-network test-schedules chaos chaos-goodput soak interop screenshots
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -85,6 +85,10 @@ chaos: $(STAMP) ## hold SCHEDULES=300 federations of real processes under faults
 MINUTES ?= 30
 chaos-goodput: $(STAMP) ## count the rounds of MINUTES=30 with a process killed or stopped, or a line cut, every 29 s, and at the same time without
 	cd tests && ../$(BIN)/python -m chaos.goodput --minutes $(MINUTES)
+
+SOAK_MINUTES ?= 40
+soak: $(STAMP) ## look at memory, open files and disk of processes that hold rounds for SOAK_MINUTES=40 under faults
+	cd tests && ../$(BIN)/python -m chaos.soak --minutes $(SOAK_MINUTES)
 
 test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment without torch, and ask its commands
 	$(BIN)/pytest -n 0 -m slow tests/docs/test_installed.py
