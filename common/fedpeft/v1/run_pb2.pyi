@@ -467,7 +467,9 @@ class RoundsConfig(_message.Message):
     seed: _builtins.int
     """Seed of the run: sampling, initialisation and local training derive from it."""
     policy: _builtins.str
-    """Policy of the rounds: `synchronous`, where it is absent, or `buffered`: tickets outlive their rounds."""
+    """Policy of the rounds: `synchronous`, where it is absent; `buffered`: tickets outlive their rounds; `relayed`: a round
+    makes a sum for a parent's server, which makes the versions (CreateRunHeader.relays).
+    """
     concurrency: _builtins.int
     """Clients that train at once in buffered rounds; absent: as many as `clients` and `over_selection` say."""
     max_staleness: _builtins.int

@@ -248,9 +248,9 @@ class TensorEntry(_message.Message):
         eden4 with seed 7: 1, -0.5, 0.25, 0, 0.1 = 07000000 75b5163e dac9cab8
         eden2 with seed 8: 70 x 0, 1 = 08000000 00000000 d57da93d aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaf00f
 
-    `sum128` holds sums of several updates, each value times the weight of its update, in AdapterSpec's order as all others: n
-    signed integers of 128 bits, two's complement, little-endian, in units of 2^-64. A product is rounded to the nearest unit,
-    ties to even, from its float64; the sums of those are exact. Sums of 2^33 or more are refused.
+    `sum128` holds sums of several updates, each value times the weight of its update (FedAvg's: its examples): n signed
+    integers of 128 bits, two's complement, little-endian, in units of 2^-64. A product, in float64, is rounded to the nearest
+    unit, ties to even; the sums of those are exact. Sums of 2^33 or more are refused. A value of weight 1 is a sum of one.
 
         sum128: 1, -2.5, 0, 0.1, -1e-20 = 00000000000000000100000000000000 0000000000000080fdffffffffffffff 00000000000000000000000000000000 00000000a09999190000000000000000 00000000000000000000000000000000
 
