@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedpeft.errors import AuditBroken, FedpeftError, SettingsInvalid
+from fedpeft.errors import AuditBroken, FedpeftError, SettingsInvalid, StateInvalid, StoreUnavailable
 from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
 from fedpeft.process.mounts import tree_bytes
@@ -31,11 +31,14 @@ def check(settings: Settings) -> Report:
     """Checks all that the settings of a server name.
 
     Raises:
-        StateInvalid: If a place of blobs or updates is none, or cannot be used.
+        StateInvalid: If a place of blobs or updates is none, or cannot be used now.
     """
     report, folder = Report(), settings.data_dir
     blobs = Blobs(settings.blobs or str(folder / "blobs"), flag="--blobs" if settings.blobs else "--data-dir")
     bucket = Blobs(settings.updates, flag="--updates") if settings.updates else None
+    for place in (blobs, bucket):
+        if place is not None:
+            _refuse_away(place)
     report.disks += _uses(folder, *(place.folder for place in (blobs, bucket) if place is not None))
     with opened(database_url(settings), report) as database:
         if database is None:
@@ -57,6 +60,14 @@ def _uses(data: Path, *others: Path | None) -> Iterator[FolderUse]:
     for folder in (data, *(other for other in others if other is not None and data.absolute() not in other.parents)):
         usage = shutil.disk_usage(folder)
         yield FolderUse(str(folder), tree_bytes(folder), usage.free, usage.total)
+
+
+def _refuse_away(place: Blobs) -> None:
+    """Refuses to check a place that does not answer: each of thousands of files would wait for it anew."""
+    try:
+        place.has_any("runs")
+    except StoreUnavailable as error:
+        raise StateInvalid(error.message) from None
 
 
 def database_url(settings: Settings) -> str:

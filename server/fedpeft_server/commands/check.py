@@ -1,6 +1,7 @@
 """`fedpeft-server check`: verifies all that a stopped server has, and changes nothing of it.
 
-Exit codes: 0 nothing is wrong; 1 something is; 2 wrong settings, an unusable folder, or a server that runs.
+Exit codes: 0 nothing is wrong; 1 something is; 2 wrong settings, an unusable folder, a bucket that
+is away, or a server that runs.
 """
 
 from __future__ import annotations
