@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install s3 demo test test-slow check proto bench bench-compare docs notebooks dist test-dist test-compose test-network test-schedules chaos chaos-goodput soak interop screenshots
+.PHONY: help install s3 demo test test-slow check proto bench bench-compare docs notebooks dist test-dist test-compose test-network test-schedules chaos chaos-several chaos-goodput soak interop screenshots
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -80,7 +80,11 @@ test-schedules: $(STAMP) ## hold SCHEDULES=1000 federations in simulated time, e
 
 chaos: SCHEDULES = 300
 chaos: $(STAMP) ## hold SCHEDULES=300 federations of real processes under faults: kills, power failures, full disks, bad lines (root; FIRST=SEED, STEP=1: a death before each effect)
-	SCHEDULES=$(SCHEDULES) $(BIN)/pytest -n $(WORKERS) tests/chaos
+	SCHEDULES=$(SCHEDULES) $(BIN)/pytest -n $(WORKERS) tests/chaos/test_chaos.py
+
+chaos-several: SCHEDULES = 100
+chaos-several: $(STAMP) ## hold SCHEDULES=100 of three daemons each, on one PostgreSQL and one S3 that fail as well, behind one address (FIRST=SEED)
+	SCHEDULES=$(SCHEDULES) $(BIN)/pytest -n $(WORKERS) tests/chaos/test_several.py
 
 MINUTES ?= 30
 chaos-goodput: $(STAMP) ## count the rounds of MINUTES=30 with a process killed or stopped, or a line cut, every 29 s, and at the same time without

@@ -60,6 +60,13 @@ server.TIMING = replace(
     database_busy_s=2.0,
     database_check_s=1.0,
     files_retry_s=1.0,
+    database_idle_s=2.0,
+    daemon_alive_s=0.5,
+    daemon_gone_s=2.0,
+    listen_retry_s=0.2,
+    lease_s=2.0,
+    lease_look_s=0.15,
+    revisions_check_s=3.0,
 )
 connections._LEAST_PING_MS, connections._KEEPALIVE_MS, connections._KEEPALIVE_TIMEOUT_MS = 500, 2000, 1500
 _SHORTER = {

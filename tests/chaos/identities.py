@@ -17,7 +17,7 @@ from fedpeft_server.access.certificates import read_authority
 from fedpeft_server.access.files import Files
 from fedpeft_server.commands import init
 
-from .mains import CERTIFICATES_S, EVALUATOR
+from .mains import CERTIFICATES_S, DAEMONS, EVALUATOR
 
 OPERATOR = "operator"
 
@@ -44,7 +44,7 @@ def make(place: Path, port: int, ports: Mapping[str, int]) -> int:
 
 def give(place: Path, name: str, disk: Path) -> None:
     """Puts the identity of a machine onto its disk."""
-    if name == "server":
+    if name in DAEMONS:
         shutil.copytree(place / "data", disk / "data")
     else:
         (disk / "state").mkdir(0o700)

@@ -36,6 +36,7 @@ class Machine:
         main: The process, given the machine's disk.
         own_disk: True for a disk of a size, whose power can fail.
         lies: True if that disk forces nothing.
+        leaves_by: The signal by which the process is asked to end.
         prepare: Puts onto the disk what is there before the first start.
     """
 
@@ -49,6 +50,7 @@ class Machine:
         own_disk: bool,
         lies: bool = False,
         prepare: Callable[[Path], None] = lambda _: None,
+        leaves_by: signal.Signals = signal.SIGTERM,
     ) -> None:
         self.name = name
         self._main = main
@@ -57,6 +59,7 @@ class Machine:
         self._logs = place / "logs"
         self._journal = place / f"{name}.journal" if own_disk else None
         self._lies = lies
+        self._leaves_by = leaves_by
         self._place.mkdir()
         if own_disk:
             mount(self._place, ROOM_BYTES)
@@ -76,8 +79,8 @@ class Machine:
         self.is_stopped = False
         self.is_leaving = False
         self._left_bytes: int | None = None
-        self.ends: list[str] = []
-        """Its ends that nobody brought about."""
+        self.ends: list[tuple[int, str]] = []
+        """Its ends that nobody brought about: the life, and how it ended."""
 
     def start(self) -> None:
         """Starts the process."""
@@ -109,9 +112,13 @@ class Machine:
             self.dies_before(NEVER)
         if code == -signal.SIGKILL:
             self._fail()
-        elif not (code in (0, -signal.SIGTERM) and self.is_leaving):  # before it looked after its signals, or later
-            self.ends.append(f"{self.name} life {self.lives - 1} ended with {code}")
+        elif not (self.is_leaving and self._may_leave(code)):
+            self.ends.append((self.lives - 1, f"{self.name} life {self.lives - 1} ended with {code}"))
         self.due = now + (self.away_s if code == -signal.SIGKILL or self.is_leaving else RESTART_S)
+
+    def _may_leave(self, code: int) -> bool:
+        """Returns True for the code of a process that was asked to end, before it looked after its signals or later."""
+        return code in (0, -signal.SIGTERM) or self._leaves_by is signal.SIGQUIT  # which says that it did not shut down
 
     def _fail(self) -> None:
         """Leaves on the disk what is left of it."""
@@ -143,7 +150,7 @@ class Machine:
     def leave(self, away_s: float) -> None:
         """Asks the process to end."""
         self.away_s, self.is_leaving = away_s, True
-        self.signal(signal.SIGTERM)
+        self.signal(self._leaves_by)
 
     def signal(self, number: int) -> None:
         """Sends the process a signal, if there is one."""
@@ -175,7 +182,7 @@ class Machine:
             self.look(time.monotonic())
             time.sleep(0.01)
         if self.pid is not None:
-            self.ends.append(f"{self.name} did not end within {patience_s:.0f} s of SIGTERM")
+            self.ends.append((self.lives - 1, f"{self.name} did not end within {patience_s:.0f} s of SIGTERM"))
             self.signal(signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.pid = None

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +35,7 @@ from fedpeft_server import __main__ as server_command
 
 CLIENTS = ("a", "b", "c", "d")
 EVALUATOR = "e"
+DAEMONS = ("server", "server-2", "server-3")
 CERTIFICATES_S = 48
 """Life of a client's certificate."""
 SPEC = AdapterSpec.of("bias", [TensorSpec("blocks.0.bias", (7,)), TensorSpec("head.weight", (400, 500))])
@@ -64,12 +67,19 @@ def run_config(rounds: int, wanted: int, *, buffered: bool) -> RunConfig:
     )
 
 
-def serve(data: Path, port: int, updates: Path | None) -> int:
-    """Runs the daemon; received updates are kept in another place too, if one is given."""
+def serve(data: Path, port: int, places: Sequence[str], variables: Mapping[str, str]) -> int:
+    """Runs a daemon.
+
+    Args:
+        data: Its data folder.
+        port: Its port.
+        places: Flags that name what is not in that folder.
+        variables: Variables of its environment.
+    """
+    os.environ.update(variables)
     where = ["--data-dir", str(data), "--listen", f"127.0.0.1:{port}", "--metrics", "", "--keep-updates"]
     life = ["--certificate-life-s", str(CERTIFICATES_S)]
-    kept = ["--updates", str(updates)] if updates else []
-    sys.argv = ["fedpeft-server", *where, *life, *kept, "--drain-s", "1", "--log-format", "json"]
+    sys.argv = ["fedpeft-server", *where, *life, *places, "--drain-s", "1", "--log-format", "json"]
     server_command.main()
     return 0
 

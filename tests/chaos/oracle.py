@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,13 @@ from simulated_time.replay import differences
 from fedpeft_client.egress import entries
 
 from .machines import Machine, read_only
-from .schedule import Full, Line, Schedule, Unforced
+from .schedule import LINKS, PLACES, Full, Line, Restart, Schedule, Unforced
 
 REFUSALS = ("Input/output error", "No space left on device", "ENOSPC", "no room", "disk I/O error")
 """Words of errors that a disk without room, or one that cannot be written, explains."""
+
+AWAY = ("cannot be reached", "DATABASE_UNAVAILABLE", "STORE_UNAVAILABLE", "Generic S3 error")
+"""Words of errors that a database or a bucket out of reach explains."""
 
 
 @dataclass
@@ -33,32 +36,47 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def look(logs: Path, machines: dict[str, Machine], schedule: Schedule) -> Found:
-    """Returns what is to be said of a world that is over."""
+def look(
+    logs: Path,
+    machines: dict[str, Machine],
+    schedule: Schedule,
+    data: Path,
+    opened: Callable[[], Any] | None = None,
+) -> Found:
+    """Returns what is to be said of a world that is over.
+
+    Args:
+        logs: The folder of all logs.
+        machines: The machines by name.
+        schedule: The faults.
+        data: The data folder of the daemon, or what several share as one has it.
+        opened: Opens the database that several share.
+    """
     found = Found()
-    data = machines["server"].disk.path / "data"
     lines = [(log.name, line) for log in sorted(logs.glob("*.log")) for line in _lines(log)]
     found.faults += _unexpected(lines, schedule)
     for machine in machines.values():
         excused = any(isinstance(fault, Full | Unforced) for fault in schedule.faults)
-        (found.notes if excused else found.faults).extend(machine.ends)
+        for life, end in machine.ends:
+            log = logs / f"{machine.name}.{life}.log"
+            (found.notes if excused or _never_served(log, schedule) else found.faults).append(end)
     database = data / "fedpeft.db"
-    if not database.exists():
+    if not opened and not database.exists():
         return Found([*found.faults, "there is no database"])
-    with closing(read_only(database)) as read:
+    with closing(opened() if opened else read_only(database)) as read:
         newest = read.execute("select max(version) from versions").fetchone()[0]
         found.faults += _uncounted(read, _receipts(lines))
         found.faults += _unbooked(read, data / "spool")
         if not any(isinstance(fault, Line) and fault.what == "repeat" for fault in schedule.faults):
             found.faults += _untold(read, machines)  # else the server gets more than was sent
     if schedule.is_buffered:
-        found.faults += differences(data, logs.with_name("replay"))
+        found.faults += differences(data, logs.with_name("replay"), opened)
     try:
         found.adapter = _digest(data / "blobs", newest or 0)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         found.faults.append(f"version {newest} cannot be read: {error}")
-    for name, machine in machines.items():
-        if name != "server" and schedule.is_exact and (left := _left_over(machine.disk.path / "state")):
+    for name in LINKS:
+        if schedule.is_exact and (left := _left_over(machines[name].disk.path / "state")):
             found.faults.append(f"{name} still has {left}, and the run is over")
     return found
 
@@ -149,9 +167,22 @@ def _digest(blobs: Path, version: int) -> str:
 
 def _unexpected(lines: list[tuple[str, dict[str, Any]]], schedule: Schedule) -> Iterator[str]:
     """Yields what no process should have logged."""
+    is_away = any(map(_is_of_a_place, schedule.faults))
     ill = {fault.machine for fault in schedule.faults if isinstance(fault, Full | Unforced)}
     for log, line in lines:
         if "text" in line or line.get("level") in ("error", "critical") or "exception" in line:
             is_ill = bool(ill & {log.split(".")[0], "server"})
-            if not (is_ill and any(words in str(line) for words in REFUSALS)):
+            words = (*(REFUSALS if is_ill else ()), *(AWAY if is_away else ()))
+            if not any(each in str(line) for each in words):
                 yield f"{log}: {line}"
+
+
+def _never_served(log: Path, schedule: Schedule) -> bool:
+    """Returns True for a life of one of several daemons that began while what they share was away."""
+    lines = log.read_text(errors="replace") if any(map(_is_of_a_place, schedule.faults)) else ""
+    return any(words in lines for words in AWAY) and '"event": "serving"' not in lines
+
+
+def _is_of_a_place(fault: object) -> bool:
+    """Returns True for a fault of what several daemons share."""
+    return isinstance(fault, Restart | Line) and fault.target in PLACES

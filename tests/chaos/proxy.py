@@ -1,4 +1,6 @@
-"""A TCP proxy between clients and the daemon, a port for each client, whose lines can be made bad.
+"""A TCP proxy between clients and daemons, a port for each client, whose lines can be made bad.
+
+Where there are several daemons a connection goes to the next one that takes it, as with a balancer of connections.
 
 It takes a line of JSON for each change from the harness: `{"link": 0, "what": "throttle", "amount": 1e5}`.
 
@@ -18,6 +20,7 @@ import asyncio
 import json
 import socket
 import struct
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -30,10 +33,14 @@ UP, DOWN = 1, 2
 
 
 class Link:
-    """The line of one client."""
+    """The line of one client.
 
-    def __init__(self, target: int) -> None:
-        self._target = target
+    Args:
+        targets: Ports that its connections go to, one after the other.
+    """
+
+    def __init__(self, targets: Sequence[int]) -> None:
+        self._targets = deque(targets)
         self._pairs: set[_Pair] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.heal()
@@ -77,7 +84,7 @@ class Link:
             _reset(writer)
             return
         try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            far_reader, far_writer = await self._open()
         except OSError:
             _reset(writer)
             return
@@ -93,6 +100,21 @@ class Link:
             for way in ways:
                 way.cancel()
             await asyncio.wait(ways)
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connects to the next target that takes it.
+
+        Raises:
+            OSError: If none does.
+        """
+        for left in reversed(range(len(self._targets))):
+            self._targets.rotate(-1)
+            try:
+                return await asyncio.open_connection("127.0.0.1", self._targets[0])
+            except OSError:
+                if not left:
+                    raise
+        raise AssertionError("a line has targets")
 
     async def _pump(self, pair: _Pair, source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: int) -> None:
         with suppress(ConnectionError):  # one side was killed, which is what this is for
@@ -115,7 +137,7 @@ class Link:
 
     async def _repeat(self, recorded: bytes) -> None:
         with suppress(OSError, TimeoutError):
-            reader, writer = await asyncio.open_connection("127.0.0.1", self._target)
+            reader, writer = await self._open()
             try:
                 async with asyncio.timeout(REPEATED_S):
                     writer.write(recorded)
@@ -157,15 +179,15 @@ def _reset(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def serve(listeners: Sequence[socket.socket], target: int, control: socket.socket) -> None:
+async def serve(listeners: Sequence[socket.socket], targets: Sequence[Sequence[int]], control: socket.socket) -> None:
     """Serves until the control connection ends.
 
     Args:
         listeners: A listening socket for each link.
-        target: The daemon's port.
+        targets: The ports that each link leads to.
         control: Says what becomes of the links.
     """
-    links = [Link(target) for _ in listeners]
+    links = [Link(ports) for ports in targets]
     servers = [
         await asyncio.start_server(link.connected, sock=listener)
         for link, listener in zip(links, listeners, strict=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from .mains import CLIENTS, EVALUATOR
+from .mains import CLIENTS, DAEMONS, EVALUATOR
 
 MACHINES = ("server", "server", "server", *CLIENTS, EVALUATOR)
 LINKS = (*CLIENTS, EVALUATOR)
+POSTGRES, S3 = "postgres", "s3"
+PLACES = (POSTGRES, S3, *(f"{daemon}/{POSTGRES}" for daemon in DAEMONS))
+"""Machine and lines of what several daemons share: the database, the S3, and the way of each daemon to the database."""
 LENGTH_S = 4.0
 """Faults begin within this time."""
 MOST, STORM = 12, 60
@@ -77,6 +80,10 @@ class Restart(_Lasting):
     machine: str
     for_s: float
 
+    @property
+    def target(self) -> str:
+        return self.machine
+
     def begin(self, world: Any) -> None:
         if not world.machines[self.machine].is_stopped:
             world.machines[self.machine].leave(self.for_s)
@@ -103,12 +110,16 @@ class Stop(_Lasting):
 
 @dataclass(frozen=True)
 class Line(_Lasting):
-    """Something happens on the line of a client: see `proxy`."""
+    """Something happens on the line of a client, or on one of several daemons: see `proxy`."""
 
     client: str
     for_s: float
     what: str
     amount: float = 0.0
+
+    @property
+    def target(self) -> str:
+        return self.client
 
     def begin(self, world: Any) -> None:
         world.line(self.client, self.what, self.amount)
@@ -174,8 +185,8 @@ class Schedule:
     """The faults of one world.
 
     Attributes:
-        name: A seed; `storm SEED`, which has many faults; `MACHINE EFFECT [power]`, a death before that effect;
-            `undisturbed`; `disks that lie`.
+        name: A seed; `storm SEED`, which has many faults; `several SEED`, with three daemons; `MACHINE EFFECT [power]`,
+            a death before that effect; `undisturbed`; `disks that lie`.
         faults: In their order.
         own_disks: True if each machine has a disk of a size, in memory, whose power can fail.
         rounds: Rounds of the run.
@@ -185,6 +196,7 @@ class Schedule:
         wanted: Updates that a round closes with.
         is_buffered: True for versions that are made of updates of any age.
         has_store: True if received updates are kept in another place too.
+        are_several: True for three daemons on one PostgreSQL and one S3, behind one address.
         patience_s: The run is complete so long after the last fault, or something hangs.
     """
 
@@ -198,6 +210,7 @@ class Schedule:
     wanted: int = len(CLIENTS)
     is_buffered: bool = False
     has_store: bool = False
+    are_several: bool = False
     patience_s: float = 60.0
 
     @classmethod
@@ -212,6 +225,8 @@ class Schedule:
             return cls.drawn(int(name))
         if name.startswith("storm "):
             return cls.drawn(int(name.removeprefix("storm ")), STORM, 2 * LENGTH_S)
+        if name.startswith("several "):
+            return cls.drawn_for_several(int(name.removeprefix("several ")))
         machine, effect, *power = name.split()
         death = Kill(0.0, machine, 0.3, int(effect), power=bool(power), within_s=60.0)
         return cls(name, (death,), own_disks=bool(power))
@@ -237,6 +252,24 @@ class Schedule:
             has_store=seed % 7 == 0,
         )
 
+    @classmethod
+    def drawn_for_several(cls, seed: int) -> Schedule:
+        """Draws a schedule for three daemons, half of it of faults of theirs and of what they share.
+
+        Kinds of runs are as in `drawn`; disks are good, as what counts lies in the database and the bucket.
+        """
+        draw = random.Random(f"chaos several {seed}")
+        plain = cls.drawn(seed)
+        faults = [_fault_of_several(draw) for _ in range(draw.randint(3, MOST))]
+        return replace(
+            plain,
+            name=f"several {seed}",
+            faults=tuple(sorted(faults, key=lambda fault: fault.at_s)),
+            own_disks=False,
+            has_store=False,
+            are_several=True,
+        )
+
     @property
     def is_exact(self) -> bool:
         """True if the data alone decide the bits: each round has all updates, and the run comes to its end."""
@@ -260,6 +293,27 @@ def _fault(draw: random.Random, own_disks: bool, length_s: float) -> Fault:
         return Restart(at, machine, for_s)
     if kind < 0.8:
         return Stop(at, machine, for_s)
+    return _line(draw, at, for_s)
+
+
+def _fault_of_several(draw: random.Random) -> Fault:
+    at, for_s = draw.uniform(0.1, LENGTH_S), draw.choice((0.05, 0.5, draw.uniform(0.0, 3.0)))
+    machine, kind = draw.choice((*DAEMONS, *DAEMONS, *LINKS)), draw.random()
+    if kind < 0.3:
+        effects = draw.choice((None, draw.randint(0, 20), draw.randint(0, 120)))
+        return Kill(at, machine, for_s, effects)
+    if kind < 0.4:
+        return Stop(at, machine, draw.choice((for_s, draw.uniform(3.0, 6.0))))
+    if kind < 0.5:
+        return Restart(at, machine, for_s)
+    if kind < 0.55:
+        return Jump(at, machine, draw.choice((-3600.0, -5.0, 5.0, 3600.0)))
+    if kind < 0.65:
+        return Restart(at, POSTGRES, draw.choice((0.0, for_s)))
+    if kind < 0.85:
+        what = draw.choice(("cut", "cut", "reset", "stall", "delay"))
+        amount = {"stall": float(draw.randint(1, 3)), "delay": 0.02}.get(what, 0.0)
+        return Line(at, draw.choice(PLACES[1:]), for_s, what, amount)
     return _line(draw, at, for_s)
 
 

@@ -7,15 +7,13 @@ effects on a disk, by a kill and by a failure of the power. With `KEEP=FOLDER` a
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from .conftest import Hold, told
 
 SMOKE = (45, 173)
 FIRST, SCHEDULES = int(os.environ.get("FIRST", "1")), int(os.environ.get("SCHEDULES", "0"))
@@ -30,38 +28,6 @@ pytestmark = [
     pytest.mark.skipif(not MAY_MOUNT, reason="this user may not mount a disk of a size (CAP_SYS_ADMIN)"),
     *([] if SCHEDULES else [pytest.mark.xdist_group("chaos")]),
 ]
-Hold = Callable[[str], SimpleNamespace]
-
-
-@pytest.fixture(scope="session")
-def hold() -> Iterator[Hold]:
-    """Holds worlds by the names of their schedules, in forks of a process that has all modules."""
-    command = [sys.executable, "-m", "chaos.world"]
-    folder = Path(__file__).parents[1]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder) as worlds:
-        assert worlds.stdin is not None
-        assert worlds.stdout is not None
-        to, back = worlds.stdin, worlds.stdout
-
-        def held(name: str) -> SimpleNamespace:
-            print(f"schedule {name}")
-            to.write(f"{name}\n")
-            to.flush()
-            return SimpleNamespace(**json.loads(back.readline()))
-
-        yield held
-        to.close()
-
-
-@pytest.fixture(scope="session")
-def undisturbed(hold: Hold) -> SimpleNamespace:
-    outcome = hold("undisturbed")
-    assert outcome.faults == [], told(outcome)
-    return outcome
-
-
-def told(outcome: SimpleNamespace) -> str:
-    return "\n".join([*outcome.faults, *outcome.notes, *outcome.log])
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -1,4 +1,4 @@
-"""A world of real processes: a daemon, clients, an evaluator and an operator, and what a schedule of faults does to it.
+"""A world of real processes: daemons, clients, an evaluator and an operator, and what a schedule of faults does to it.
 
     python -m chaos.world        # holds the schedule of each line on stdin, and prints what came of it
 
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,12 @@ from typing import Any
 
 from simulated_time.machines import own_mounts
 
-from . import identities, mains, oracle, processes, proxy
+from . import identities, mains, oracle, processes, proxy, shared_places
+from .identities import OPERATOR
 from .machines import Machine
-from .schedule import LINKS, Schedule
+from .mains import DAEMONS
+from .schedule import LINKS, POSTGRES, S3, Schedule
+from .shared_places import SharedPlaces
 
 LEAVES_S = 10.0
 PORTS = range(20_000, 32_000, 2)
@@ -76,6 +79,8 @@ def held(schedule: Schedule, keep: str = "") -> Outcome:
         schedule: Its faults.
         keep: A folder that the world's files are copied to where a promise was broken; empty: nowhere.
     """
+    if schedule.are_several:
+        shared_places.prepare()
     reading, writing = os.pipe()
     place, parent = Path(tempfile.mkdtemp(prefix="chaos-")), os.getpid()
     child = os.fork()
@@ -117,8 +122,10 @@ class World:
         self._place = place
         self._said = place / "operator.jsonl"
         (place / "logs").mkdir()
-        self._port = free_port()
-        self._listeners = [socket.create_server(("127.0.0.1", 0), backlog=128) for _ in LINKS]
+        self._daemons = dict(zip(DAEMONS if schedule.are_several else DAEMONS[:1], free_ports(), strict=False))
+        self._shared = SharedPlaces(place, next(free_ports()) + 1) if schedule.are_several else None
+        self._listeners = {name: socket.create_server(("127.0.0.1", 0), backlog=128) for name in self._links()}
+        self._ports = {name: listener.getsockname()[1] for name, listener in self._listeners.items()}
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._running: list[int] = []
@@ -148,34 +155,52 @@ class World:
         return self._judged(outcome)
 
     def line(self, client: str, what: str, amount: float = 0.0) -> None:
-        """Changes the line of a client."""
-        message = {"link": LINKS.index(client), "what": what, "amount": amount}
+        """Changes a line."""
+        message = {"link": list(self._listeners).index(client), "what": what, "amount": amount}
         self._control.sendall(json.dumps(message).encode() + b"\n")
 
+    def _links(self) -> dict[str, list[int]]:
+        """Returns the ports that each line leads to, by its name."""
+        ports = list(self._daemons.values())
+        links = {name: ports[n % len(ports) :] + ports[: n % len(ports)] for n, name in enumerate((*LINKS, OPERATOR))}
+        return {**links, **(self._shared.links(self._daemons) if self._shared else {})}
+
     def _begin(self) -> None:
-        ports = {name: listener.getsockname()[1] for name, listener in zip(LINKS, self._listeners, strict=True)}
         self._control, far = socket.socketpair()
-        serve = lambda: asyncio_run(proxy.serve(self._listeners, self._port, far))  # noqa: E731
-        kept = [*(listener.fileno() for listener in self._listeners), far.fileno()]
+        listeners, targets = list(self._listeners.values()), list(self._links().values())
+        serve = lambda: asyncio_run(proxy.serve(listeners, targets, far))  # noqa: E731
+        kept = [*(listener.fileno() for listener in listeners), far.fileno()]
         self._running.append(processes.start(serve, self._place / "logs" / "proxy.0.log", kept))
         far.close()
-        for listener in self._listeners:
+        for listener in listeners:
             listener.close()
         self._identities = self._place / "identities"
         if self._schedule.is_secured:
-            make = lambda: identities.make(self._identities, self._port, ports)  # noqa: E731
+            reached = {name: self._ports[name] for name in LINKS}
+            make = lambda: identities.make(self._identities, self._ports[OPERATOR], reached)  # noqa: E731
             log = self._place / "logs" / "init.txt"
             if os.waitpid(processes.start(make, log), 0)[1]:
                 raise RuntimeError(log.read_text())
         schedule = self._schedule
-        store = lambda disk: disk / "updates" if schedule.has_store else None  # noqa: E731
-        self._add("server", lambda disk: mains.serve(disk / "data", self._port, store(disk)))
+        if self._shared:
+            self.machines[POSTGRES] = self._shared.machine(self._place, self._drawn(POSTGRES))
+            self.machines[POSTGRES].start()
+            self._shared.await_postgres()
+        for name, port in self._daemons.items():
+            self._add(name, partial(self._serve, name, port))
         longest_s = schedule.longest_training_s
         for name in LINKS:
-            self._add(name, lambda disk, name=name: mains.take_part(name, disk / "state", ports[name], longest_s))
+            self._add(name, lambda disk, name=name: mains.take_part(name, disk / "state", self._ports[name], longest_s))
         config = mains.run_config(schedule.rounds, schedule.wanted, buffered=schedule.is_buffered)
-        operate = lambda: mains.operate(self._port, config, self._said, self._operator)  # noqa: E731
+        operate = lambda: mains.operate(self._ports[OPERATOR], config, self._said, self._operator)  # noqa: E731
         self._running.append(processes.start(operate, self._place / "logs" / "operator.0.log"))
+
+    def _serve(self, name: str, port: int, disk: Path) -> int:
+        if self._shared:
+            places = self._shared.flags(self._ports[f"{name}/{POSTGRES}"])
+            return mains.serve(disk / "data", port, places, shared_places.environment(self._ports[S3]))
+        places = ["--updates", str(disk / "updates")] if self._schedule.has_store else []
+        return mains.serve(disk / "data", port, places, {})
 
     @property
     def _operator(self) -> Path | None:
@@ -183,10 +208,19 @@ class World:
 
     def _add(self, name: str, main: Callable[[Path], int | None]) -> None:
         own, lies = self._schedule.own_disks, self._schedule.disks_lie
-        drawn = random.Random(f"{self._schedule.name} {name}")
         prepare = partial(identities.give, self._identities, name) if self._schedule.is_secured else lambda _: None
-        self.machines[name] = Machine(name, self._place, drawn, main, own_disk=own, lies=lies, prepare=prepare)
+        self.machines[name] = Machine(
+            name, self._place, self._drawn(name), main, own_disk=own, lies=lies, prepare=prepare
+        )
         self.machines[name].start()
+
+    def _drawn(self, name: str) -> random.Random:
+        return random.Random(f"{self._schedule.name} {name}")
+
+    @property
+    def _data(self) -> Path:
+        """The data folder of the daemon, or what several share as one has it."""
+        return self._place / "shared" if self._shared else self.machines[DAEMONS[0]].disk.path / "data"
 
     def _plan(self, begun: float) -> float:
         """Puts the faults into their order; returns when the last one is over."""
@@ -204,8 +238,8 @@ class World:
 
     def _heal(self) -> None:
         """Ends all faults: from now on the run must come to its end."""
-        for client in LINKS:
-            self.line(client, "heal")
+        for line in self._listeners:
+            self.line(line, "heal")
         for machine in self.machines.values():
             machine.dies_before(-1)
             machine.signal(signal.SIGCONT)
@@ -245,13 +279,17 @@ class World:
 
     def _verify(self, run: str) -> list[str]:
         """Has the run verified, up to each update that was folded."""
-        spool, log = self.machines["server"].disk.path / "data" / "spool", self._place / "logs" / "verify.0.log"
-        pid = processes.start(lambda: mains.verify(self._port, run, spool, self._operator), log)
+        if self._shared:
+            folders = [self.machines[name].disk.path / "data" for name in self._daemons]
+            self._shared.gather(folders, self._data)
+        spool, log = self._data / "spool", self._place / "logs" / "verify.0.log"
+        port = self._ports[OPERATOR]
+        pid = processes.start(lambda: mains.verify(port, run, spool, self._operator), log)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         return [] if code == 0 else [f"the run does not verify: {log.read_text()[-2000:]}"]
 
     def _end(self) -> None:
-        for name in (*LINKS, "server"):
+        for name in (*LINKS, *self._daemons):
             self.machines[name].end(LEAVES_S)
         for pid in self._running:
             os.kill(pid, signal.SIGKILL)
@@ -265,7 +303,10 @@ class World:
             machine.switches.look()
         outcome.effects = {machine.name: machine.switches.effects for machine in machines}
         outcome.notes = [f"paused: {word['paused']}" for word in self._words() if "paused" in word]
-        found = oracle.look(self._place / "logs", self.machines, self._schedule)
+        read = self._shared.read if self._shared else None
+        found = oracle.look(self._place / "logs", self.machines, self._schedule, self._data, read)
+        if self._shared:
+            self.machines[POSTGRES].end(LEAVES_S)
         outcome.adapter, outcome.is_exact = found.adapter, self._schedule.is_exact
         outcome.faults += found.faults
         outcome.notes += found.notes
@@ -281,16 +322,15 @@ def asyncio_run(work: Any) -> int:
     return 0
 
 
-def free_port() -> int:
-    """Returns a port that nobody listens on."""
-    while True:
-        port = random.SystemRandom().choice(PORTS)
+def free_ports() -> Iterator[int]:
+    """Yields ports that nobody listens on."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         try:
             for each in (port, port + 1):
                 socket.create_server(("127.0.0.1", each)).close()
         except OSError:
             continue
-        return port
+        yield port
 
 
 if __name__ == "__main__":

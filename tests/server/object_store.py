@@ -21,15 +21,20 @@ ACCESS = {
 _PLACES = os.pathsep.join([str(Path(__file__).parents[2] / ".venv-s3" / "bin"), os.environ.get("PATH", "")])
 
 
+def program() -> str | None:
+    """Returns the program of an S3, if one is installed."""
+    return shutil.which("moto_server", path=_PLACES)
+
+
 @contextmanager
 def s3_server() -> Iterator[str]:
     """Starts an S3; gives its endpoint. The test is skipped where there is no program for it."""
-    program = shutil.which("moto_server", path=_PLACES)
-    if program is None:
+    found = program()
+    if found is None:
         pytest.skip("moto_server, an S3 for tests, is not installed: make s3")
     # Where Python's own warnings go is not looked at, and the line that says the port is on standard error.
     server = subprocess.Popen(
-        [program, "-H", "127.0.0.1", "-p", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [found, "-H", "127.0.0.1", "-p", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
         assert server.stderr is not None

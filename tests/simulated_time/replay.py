@@ -7,9 +7,10 @@ import math
 import shutil
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from fedpeft.api.verification import Replay
 from fedpeft.config import RoundsConfig
@@ -22,14 +23,15 @@ from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store import stored
 
 
-def differences(data: Path, scratch: Path) -> Iterator[str]:
+def differences(data: Path, scratch: Path, opened: Callable[[], Any] | None = None) -> Iterator[str]:
     """Yields what of the only run of a server's data folder another history, or other bits, would follow from.
 
     Args:
         data: The folder; the server kept the updates.
         scratch: An empty folder.
+        opened: Opens the database, if that is none of the folder's.
     """
-    with closing(sqlite3.connect(data / "fedpeft.db")) as read:
+    with closing(opened() if opened else sqlite3.connect(data / "fedpeft.db")) as read:
         ((run, config, spec, fingerprint),) = read.execute("select id, config, spec, backbone_fingerprint from runs")
         header = RunHeader(run, stored.load_config(config), stored.load_spec(spec), fingerprint)
         texts = [text for (text,) in read.execute("select record from rounds where record != '' order by number")]
