@@ -2,8 +2,8 @@
 
     python benchmarks/exact_sum.py [--values 1000000] [--clients 8] [--repeat 5] [--out FILE.json]
 
-Both fold the same updates into the same version by `fedpeft.rounds.fold`, in this process, by turns; a figure is the
-best of its repetitions. The bound is what NumPy takes for a multiplication and an addition of as many values.
+Both fold the same updates into the same version by `fedpeft.rounds.folding.fold`, in this process, by turns; a figure
+is the best of its repetitions. The bound is what NumPy takes for a multiplication and an addition of as many values.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.aggregation import UpdateFacts, strategy
 from fedpeft.codecs import BLOCK_ELEMENTS
 from fedpeft.codecs.sum128 import SUM128
-from fedpeft.rounds.contributions import Contribution
-from fedpeft.rounds.fold import fold_sums, fold_tensors
+from fedpeft.rounds.folding.contributions import Contribution
+from fedpeft.rounds.folding.fold import fold_sums, fold_tensors
 
 
 def best_of(repeat: int, works: dict[str, Callable[[], object]]) -> dict[str, float]:

@@ -29,8 +29,8 @@ from fedpeft.aggregation.low_rank.ranks import cut, limited, of_rank
 from fedpeft.config import ModelConfig
 from fedpeft.models import backbones
 from fedpeft.peft import TunedModel, tune
-from fedpeft.rounds.contributions import Contribution
-from fedpeft.rounds.fold import fold
+from fedpeft.rounds.folding.contributions import Contribution
+from fedpeft.rounds.folding.fold import fold
 
 MODEL = ModelConfig(name="vit_tiny_patch16_224", weights="none", image_size=32, depth=2, classes=("a", "b", "c", "d"))
 WIDTH, RANK, ALPHA, RATE = 192, 8, 16.0, 0.05

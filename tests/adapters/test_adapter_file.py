@@ -19,8 +19,8 @@ from fedpeft.adapters.payload import encode
 from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import UpdateFacts, strategy
 from fedpeft.errors import BlobCorrupt, ModelInvalid
-from fedpeft.rounds.contributions import Contribution
-from fedpeft.rounds.fold import fold_tensors
+from fedpeft.rounds.folding.contributions import Contribution
+from fedpeft.rounds.folding.fold import fold_tensors
 
 SPECS = (TensorSpec("blocks.0.bias", (6,)), TensorSpec("head.weight", (2, 3)), TensorSpec("scale", ()))
 INFO = AdapterInfo("run-1", 3, "bias", "ab" * 32, "vit_tiny", ("katze", "smörgås"), {"rank": "8", "alpha": "16"})

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from fedpeft.adapters.payload import encode
 from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import UpdateFacts, strategy
-from fedpeft.rounds.contributions import Contribution
-from fedpeft.rounds.fold import fold
+from fedpeft.rounds.folding.contributions import Contribution
+from fedpeft.rounds.folding.fold import fold
 
 SPEC = TensorSpec("w", (3,))
 BASE = {"w": np.array([1.0, -2.0, 0.5], np.float32)}

@@ -19,8 +19,8 @@ from fedpeft.codecs import BLOCK_ELEMENTS
 from fedpeft.config import parse_config
 from fedpeft.errors import ConfigInvalid
 from fedpeft.rounds.combinations import check_combination
-from fedpeft.rounds.contributions import Contribution
-from fedpeft.rounds.fold import fold, fold_tensors
+from fedpeft.rounds.folding.contributions import Contribution
+from fedpeft.rounds.folding.fold import fold, fold_tensors
 
 SPECS = (TensorSpec("a", (2, 3)), TensorSpec("b", (2,)))
 RULE = strategy("fedexp", {"epsilon": 1e-12, "largest_step": 100.0})

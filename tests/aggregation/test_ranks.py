@@ -13,8 +13,8 @@ from fedpeft.config import parse_config
 from fedpeft.errors import ConfigInvalid, ManifestInvalid
 from fedpeft.rounds.acceptance import check_tensors
 from fedpeft.rounds.combinations import check_combination
-from fedpeft.rounds.contributions import Contribution
-from fedpeft.rounds.fold import fold
+from fedpeft.rounds.folding.contributions import Contribution
+from fedpeft.rounds.folding.fold import fold
 
 from .lora_layers import INPUTS, OUTPUTS, RANK, SHARES
 from .test_residual import MADE, RUN, held, specs, version

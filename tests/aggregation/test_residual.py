@@ -11,8 +11,8 @@ from fedpeft.aggregation import GroupStrategy, UpdateFacts, strategy
 from fedpeft.config import parse_config
 from fedpeft.errors import ConfigInvalid
 from fedpeft.rounds.combinations import check_combination
-from fedpeft.rounds.contributions import Contribution, Overflow
-from fedpeft.rounds.fold import Folded, fold, fold_tensors
+from fedpeft.rounds.folding.contributions import Contribution, Overflow
+from fedpeft.rounds.folding.fold import Folded, fold, fold_tensors
 
 from .lora_layers import INPUTS, OUTPUTS, RANK, SHARES
 

@@ -10,8 +10,8 @@ from fedpeft.adapters import payload
 from fedpeft.aggregation import Cohort, Norms, UpdateFacts, strategy
 from fedpeft.models.tasks import task_of
 from fedpeft.rounds.combinations import misfits
-from fedpeft.rounds.contributions import Contribution
-from fedpeft.rounds.fold import fold
+from fedpeft.rounds.folding.contributions import Contribution
+from fedpeft.rounds.folding.fold import fold
 from fedpeft.rounds.local_job import LocalJob, Version
 from fedpeft.training.local_round import load_run
 

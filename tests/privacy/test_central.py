@@ -19,8 +19,8 @@ from fedpeft.privacy import central, noise
 from fedpeft.privacy.central import Central, NoisedSum, central_of
 from fedpeft.privacy.events import Adapted, Noised
 from fedpeft.rounds.combinations import check_combination, misfits
-from fedpeft.rounds.contributions import Contribution
-from fedpeft.rounds.fold import fold_tensors
+from fedpeft.rounds.folding.contributions import Contribution
+from fedpeft.rounds.folding.fold import fold_tensors
 
 BIAS = AdapterSpec.of("bias", [TensorSpec("head.weight", (2, 3))])
 PRIVATE = {"clip_norm": 1.0, "mechanism": "central", "noise_multiplier": 1.0, "delta": 1e-3}

@@ -16,8 +16,8 @@ from fedpeft.adapters import payload
 from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import UpdateFacts, strategy
 from fedpeft.process.mapped_files import mapped, releaser
-from fedpeft.rounds.contributions import Contribution
-from fedpeft.rounds.fold import fold
+from fedpeft.rounds.folding.contributions import Contribution
+from fedpeft.rounds.folding.fold import fold
 
 SPECS = (TensorSpec("a", (40, 50)), TensorSpec("b", (3,)))
 

@@ -20,8 +20,8 @@ from fedpeft.config import CodecConfig
 from fedpeft.errors import PayloadInvalid
 from fedpeft.identity import audit
 from fedpeft.identity.token import EnrollmentToken
-from fedpeft.rounds.contributions import Contribution
-from fedpeft.rounds.fold import fold
+from fedpeft.rounds.folding.contributions import Contribution
+from fedpeft.rounds.folding.fold import fold
 from fedpeft.rpc.status import to_status
 from fedpeft.v1 import federation_service_pb2
 

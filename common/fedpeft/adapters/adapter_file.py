@@ -268,7 +268,7 @@ def open_state(path: Path, sha256: str | None = None) -> TensorFile:
 
 
 class Slot(Mapping[str, NDArray[np.float64]]):
-    """One slot of a state file by tensor name, read when asked for: what `fedpeft.rounds.fold` takes."""
+    """One slot of a state file by tensor name, read when asked for: what `fedpeft.rounds.folding.fold` takes."""
 
     def __init__(self, file: TensorFile, slot: str) -> None:
         self._file = file

@@ -10,7 +10,7 @@ kinds, by what `reduce` sees:
 A step sees a block of one tensor. A strategy whose steps depend on the round as a whole (the number of its updates,
 norms over all tensors) returns one that knows it from `of_round`.
 
-All arithmetic is float64 in the order of client ids (`fedpeft.rounds.fold`).
+All arithmetic is float64 in the order of client ids (`fedpeft.rounds.folding.fold`).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import ExamplesInvalid, ManifestInvalid
 from fedpeft.privacy.transforms import transforms_of
 from fedpeft.rounds import metric_values
-from fedpeft.rounds.contributions import is_sum
+from fedpeft.rounds.folding.contributions import is_sum
 from fedpeft.rounds.tickets import Ticket
 
 

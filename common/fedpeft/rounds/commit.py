@@ -28,8 +28,8 @@ from fedpeft.privacy.events import Event
 from fedpeft.privacy.round_privacy import round_privacy_of
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.process.mapped_files import releaser
-from fedpeft.rounds.contributions import Contribution, Overflow
-from fedpeft.rounds.fold import State, fold_sums, fold_tensors
+from fedpeft.rounds.folding.contributions import Contribution, Overflow
+from fedpeft.rounds.folding.fold import State, fold_sums, fold_tensors
 from fedpeft.rounds.policies import policies
 from fedpeft.rounds.record import Contributed, Excluded, Record, digest
 from fedpeft.rounds.screening import FACTOR, Extent, NormBound, bound, local_steps, median

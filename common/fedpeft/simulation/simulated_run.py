@@ -2,8 +2,8 @@
 
 Notable: nothing of a round is written twice. Rounds follow `fedpeft.rounds.state_machine`, clients train through
 `fedpeft.training.loop` and `fedpeft.adapters.updates`, updates are accepted by `fedpeft.rounds.acceptance` and folded
-by `fedpeft.rounds.fold`, so with the same run file, client names, data and number of torch's threads the adapter has
-the bits that a server and its agents give.
+by `fedpeft.rounds.folding.fold`, so with the same run file, client names, data and number of torch's threads the
+adapter has the bits that a server and its agents give.
 
 What is different: no deadline runs out while a client works, and updates arrive in an order that is drawn from the
 seed, which says who is late where a round wants more clients than it counts (`over_selection`). A client that trains in

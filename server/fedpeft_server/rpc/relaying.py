@@ -17,7 +17,7 @@ from fedpeft.errors import (
 )
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.rounds import record
-from fedpeft.rounds.contributions import sum_manifest
+from fedpeft.rounds.folding.contributions import sum_manifest
 from fedpeft.rounds.policies import policies
 from fedpeft.rpc.wire import manifest_from_proto, manifest_to_proto
 from fedpeft.v1 import operator_service_pb2 as pb

@@ -254,8 +254,8 @@ async def test_a_run_that_cannot_be_exact_is_refused(
 def test_any_grouping_gives_the_same_sum(parts: list[int]) -> None:
     """Contributions of six clients, put together in up to four groups, by the fold of a round itself."""
     from fedpeft.aggregation import UpdateFacts, strategy
-    from fedpeft.rounds.contributions import Contribution, sum_manifest
-    from fedpeft.rounds.fold import fold_sums, fold_tensors
+    from fedpeft.rounds.folding.contributions import Contribution, sum_manifest
+    from fedpeft.rounds.folding.fold import fold_sums, fold_tensors
 
     rule, specs = strategy("fedavg", {}), SPEC.sent(1)
 

@@ -7,7 +7,7 @@ at most, is decomposed: by one-sided Jacobi rotations (Hestenes 1958), which fin
 large ones. Nothing of the size out x in is formed.
 
 Nothing here calls BLAS or LAPACK: they start threads of their own, and the order of their additions depends on the
-number of these. A fold must give the same bits everywhere (`fedpeft.rounds.fold`).
+number of these. A fold must give the same bits everywhere (`fedpeft.rounds.folding.fold`).
 """
 
 from __future__ import annotations

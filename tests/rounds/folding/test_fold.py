@@ -17,8 +17,8 @@ from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import BlockStrategy, Doubles, Options, Strategy, UpdateFacts, strategy
 from fedpeft.codecs import BLOCK_ELEMENTS
 from fedpeft.errors import Internal
-from fedpeft.rounds.contributions import Contribution, Overflow
-from fedpeft.rounds.fold import Folded, fold, fold_tensors, weigh
+from fedpeft.rounds.folding.contributions import Contribution, Overflow
+from fedpeft.rounds.folding.fold import Folded, fold, fold_tensors, weigh
 
 SPECS = (TensorSpec("a", (7, 3)), TensorSpec("b", ()), TensorSpec("c", (50,)))
 NAMES = ["fedadagrad", "fedadam", "fedavg", "fedavgm", "fedyogi"]
@@ -198,7 +198,7 @@ def test_lora_fair_corrects_b_and_leaves_the_other_tensors_to_the_mean() -> None
 
 
 def test_a_block_of_all_clients_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedpeft.rounds import fold as module
+    from fedpeft.rounds.folding import updates as module
 
     monkeypatch.setattr(module, "SIDE_BY_SIDE_BYTES", 8 * 5 * 2)
     sizes = set()
