@@ -82,7 +82,8 @@ class Soak(Stretch):
         for machine in self.machines.values():
             if machine.pid is None:
                 continue
-            disk = [path for path in machine.disk.path.rglob("*") if path.is_file()]
+            # Not rglob: it stumbles over a folder that goes meanwhile.
+            disk = [Path(at, name) for at, _, names in os.walk(machine.disk.path) for name in names]
             sizes = {path: size for path in disk if (size := _size(path)) is not None}
             try:
                 memory, files = _own_memory(machine.pid), len(os.listdir(f"/proc/{machine.pid}/fd"))
