@@ -66,8 +66,8 @@ class Soak(Stretch):
         self._begun = time.monotonic()
         self._looked = 0.0
 
-    def _add(self, name: str, main: Callable[[Path], int | None]) -> None:
-        super()._add(name, (lambda disk: serve(disk / "data", self._port)) if name == "server" else main)
+    def _serve(self, name: str, port: int, disk: Path) -> int:
+        return serve(disk / "data", port)
 
     def _until(self, reached: Callable[[], Any], until: float, why: str) -> None:
         def looked() -> Any:
