@@ -14,6 +14,7 @@ from fedpeft.errors import (
     AnswerInvalid,
     CapabilitiesInvalid,
     ChunkInvalid,
+    DatabaseLocked,
     DigestInvalid,
     MetricsInvalid,
     NotAnEvaluator,
@@ -96,7 +97,7 @@ class Federation(pb_grpc.FederationServiceServicer):
     async def Register(self, request: pb.RegisterRequest, context: Context) -> pb.RegisterResponse:
         """Announces a client; a dry run is only told what it would hear."""
         sessions = self._sessions
-        await self._follow(context)
+        follows = await self._follow(context)
         role = _ROLE_NAMES.get(request.role)
         if role is None:
             raise CapabilitiesInvalid("the role must be trainer or evaluator", (("role", "is unspecified"),))
@@ -117,7 +118,11 @@ class Federation(pb_grpc.FederationServiceServicer):
             await self._runs.scoring.try_again(client)
         (instance, process), said = self._sessions.holder(client), capabilities.SerializeToString()
         now = self._store.clock.time()
-        await self._store.registrations.put(ClientRow(client, instance, role, said, now, now, process=process))
+        row = ClientRow(client, instance, role, said, now, now, process=process, follows=follows)
+        if not await self._store.registrations.put(row):
+            raise DatabaseLocked(
+                f"another process of client {client} registered with another server meanwhile; try again"
+            )
         self._log.info("client registered", client=client, role=role, device=capabilities.device)
         return response
 
@@ -345,20 +350,18 @@ class Federation(pb_grpc.FederationServiceServicer):
             await self._follow(context)
         return self._sessions.identify(context)
 
-    async def _follow(self, context: Context) -> None:
-        """Takes up what other daemons know of the client that calls.
-
-        Raises:
-            ClientIdInUse: If another instance holds the id there.
-        """
-        db = self._store.db
-        row = await self._store.transact(db.client, self._sessions.claimed(context)) if db.is_shared else None
+    async def _follow(self, context: Context) -> tuple[str, str] | None:
+        """Takes up what others know of a caller, and returns its `ClientRow.follows`; may raise ClientIdInUse."""
+        if not self._store.db.is_shared:
+            return None
+        row = await self._store.transact(self._store.db.client, self._sessions.claimed(context))
         if row is None:
-            return
+            return "", ""
         waits = self._runs.lobby.waits_elsewhere(row.id)
         self._sessions.refuse_another(context, row, self._store.clock.time(), waits=waits)
         if (registered := self._sessions.follow(row)) is not None:
             self._runs.follow_registration(registered.client, registered.before, registered.role)
+        return row.instance, row.process
 
     def _welcome(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         """Returns the answer to Register, with a page of the runs where they were asked for, and else the first few."""

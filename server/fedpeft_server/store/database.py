@@ -448,12 +448,16 @@ class Database:
         with self._reading() as connection:
             return participation.select_answers_of(connection, pairs)
 
-    def see_clients(self, clients: Sequence[ClientRow]) -> list[None]:
-        """Writes who clients are, as they register; when one was first seen and what it contributed stay."""
+    def see_clients(self, clients: Sequence[ClientRow]) -> list[bool]:
+        """Writes who clients are, as they register; when one was first seen and what it contributed stay.
+
+        Returns:
+            For each client True if it was written, False if another process of it registered meanwhile.
+        """
         with self._transaction() as connection:
-            client_queries.put_clients(connection, clients)
+            written = client_queries.put_clients(connection, clients)
             self._tell(connection, Topic.CLIENT, sorted({client.id for client in clients}))
-        return [None for _ in clients]
+        return written
 
     def touch_clients(self, seen: Mapping[str, float]) -> None:
         """Writes when clients were last seen."""

@@ -146,8 +146,8 @@ class Identities:
         with self._transactions.begin() as connection:
             if access.select_identity(connection, subject) is None:
                 _refuse_shared_id(connection, subject)
-                access.insert_identity(connection, subject)
-                self._transactions.append(connection, AuditEvent("server", "identity.seen", str(subject)))
+                if access.insert_identity(connection, subject):
+                    self._transactions.append(connection, AuditEvent("server", "identity.seen", str(subject)))
 
     def revoke(
         self, subject: Subject, at: float, reason: str, actor: str, *, unseen: bool = False, left: bool = False

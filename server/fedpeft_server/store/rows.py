@@ -300,6 +300,8 @@ class ClientRow:
         last_seen: Time of its last call.
         updates: Number of its updates.
         process: The process that registered last; empty if it did not say.
+        follows: Of one that registers: the instance and process that the database had as that was judged, both empty
+            if it had none; None where no other server writes.
     """
 
     id: str
@@ -310,6 +312,7 @@ class ClientRow:
     last_seen: float
     updates: int = 0
     process: str = ""
+    follows: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from fedpeft.identity.subject import Role, Subject
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.store.rows import AuditEvent
+from fedpeft_server.store.rows import AuditEvent, ClientRow
 from fedpeft_server.store.store import version_key
 
 from ..conftest import SPEC, Daemon, config, filled, header, refused, zeros
@@ -123,6 +125,41 @@ async def test_an_instance_that_lives_with_one_daemon_holds_its_id_with_all(fede
     for client in copy:
         assert await refused(client.register()) == "CLIENT_ID_IN_USE"
     waiting.cancel()
+
+
+async def test_a_registration_that_comes_late_takes_nothing_from_the_process_that_registered_meanwhile(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One daemon stands still as it is about to write who registered; that process is dead when it goes on."""
+    dead, alive = federation.client("a"), federation.client("a")
+    registrations = federation.daemons[0].server.store.registrations
+    write, stands_still, goes_on = registrations._write, threading.Event(), threading.Event()
+
+    def late(rows: Sequence[ClientRow]) -> Sequence[bool]:
+        stands_still.set()
+        goes_on.wait(10)
+        return write(rows)
+
+    monkeypatch.setattr(registrations, "_write", late)
+    call = asyncio.create_task(dead[0].register())
+    await asyncio.to_thread(stands_still.wait, 10)
+    await alive[1].register()
+    goes_on.set()
+    assert await refused(call) == "DATABASE_LOCKED"
+    for client in alive:
+        await client.look()
+    monkeypatch.undo()
+    again = federation.client("a")
+    assert (await again[0].register()).protocol, "the next process is not held up"
+
+
+async def test_two_daemons_that_first_see_somebody_at_once_let_both_calls_in(federation: Federation) -> None:
+    somebody = [Subject(Role.CLIENT, f"new{number}") for number in range(30)]
+    stores = [daemon.server.store for daemon in federation.daemons]
+    await asyncio.gather(*(s.transact(s.db.identities.seen, each) for each in somebody for s in stores))
+    entries = stores[0].db.transactions.entries_after(0, 1000)
+    audit.verify(entries)
+    assert sorted(e.object for e in entries if e.action == "identity.seen") == sorted(map(str, somebody))
 
 
 async def test_a_run_is_paused_resumed_and_deleted_with_any_daemon(federation: Federation) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Table, and_, delete, insert, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from fedpeft.identity.subject import Role, Subject
 from fedpeft_server.store import tables
@@ -83,9 +84,11 @@ def put_certificate(
     upsert(connection, tables.identities, [row], replace=("issued_at", "expires_at", "fingerprint", "issuer"))
 
 
-def insert_identity(connection: Connection, subject: Subject) -> None:
-    """Adds somebody whom this server issued no certificate."""
-    connection.execute(insert(tables.identities).values(role=subject.role, name=subject.name))
+def insert_identity(connection: Connection, subject: Subject) -> bool:
+    """Adds somebody whom this server issued no certificate; returns False if another daemon did so meanwhile."""
+    into = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    statement = into(tables.identities).values(role=subject.role, name=subject.name).on_conflict_do_nothing()
+    return connection.execute(statement.returning(tables.identities.c.name)).first() is not None
 
 
 def put_revoked(connection: Connection, subject: Subject, at: float, reason: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, select, update
+from sqlalchemy import Connection, Row, Text, bindparam, literal_column, or_, select, tuple_, update
 
 from fedpeft_server.store import tables
 from fedpeft_server.store.queries.collation import bytewise
@@ -14,25 +14,42 @@ from fedpeft_server.store.rows import ClientRow
 
 _IDS = 500
 """Most values of one IN (...)."""
+_held = tuple_(tables.clients.c.instance, tables.clients.c.process)
+_FOLLOWED = or_(
+    _held == tuple_(bindparam("was_instance", type_=Text), bindparam("was_process", type_=Text)),
+    _held == tuple_(literal_column("excluded.instance"), literal_column("excluded.process")),
+)
+"""The row there is the one that a registration follows, or its own."""
 _CLIENT = select(tables.clients).where(tables.clients.c.id == bindparam("of_client"))
 
 
-def put_clients(connection: Connection, clients: Sequence[ClientRow]) -> None:
-    """Writes who clients are, the last row of each; when one was first seen and what it contributed stay."""
-    rows = {
-        client.id: {
-            "id": client.id,
-            "instance": client.instance,
-            "role": client.role,
-            "capabilities": client.capabilities,
-            "first_seen": client.first_seen,
-            "last_seen": client.last_seen,
-            "process": client.process,
-        }
-        for client in clients
-    }
+def put_clients(connection: Connection, clients: Sequence[ClientRow]) -> list[bool]:
+    """Writes who clients are, the last row of each; when one was first seen and what it contributed stay.
+
+    Returns:
+        For each row False if its client has another by then: one that `follows` does not name is not replaced.
+    """
+    last = {client.id: client for client in clients}
     replaced = ("instance", "role", "capabilities", "last_seen", "process")
-    upsert(connection, tables.clients, list(rows.values()), replace=replaced)
+    judged = [client for client in last.values() if client.follows is not None]
+    others = [client for client in last.values() if client.follows is None]
+    upsert(connection, tables.clients, list(map(_columns, others)), replace=replaced)
+    rows = [{**_columns(c), "was_instance": c.follows[0], "was_process": c.follows[1]} for c in judged if c.follows]
+    upsert(connection, tables.clients, rows, replace=replaced, only=_FOLLOWED)
+    held = {row.id: (row.instance, row.process) for row in select_named(connection, [client.id for client in judged])}
+    return [held.get(c.id, (c.instance, c.process)) == (c.instance, c.process) for c in clients]
+
+
+def _columns(client: ClientRow) -> dict[str, Any]:
+    return {
+        "id": client.id,
+        "instance": client.instance,
+        "role": client.role,
+        "capabilities": client.capabilities,
+        "first_seen": client.first_seen,
+        "last_seen": client.last_seen,
+        "process": client.process,
+    }
 
 
 def touch(connection: Connection, seen: Mapping[str, float]) -> None:
