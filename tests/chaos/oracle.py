@@ -18,13 +18,13 @@ from simulated_time.replay import differences
 from fedpeft_client.egress import entries
 
 from .machines import Machine, read_only
-from .schedule import LINKS, PLACES, Full, Line, Restart, Schedule, Unforced
+from .schedule import LINKS, Full, Line, Schedule, Unforced
 
 REFUSALS = ("Input/output error", "No space left on device", "ENOSPC", "no room", "disk I/O error")
 """Words of errors that a disk without room, or one that cannot be written, explains."""
 
-AWAY = ("cannot be reached", "DATABASE_UNAVAILABLE", "STORE_UNAVAILABLE", "Generic S3 error")
-"""Words of errors that a database or a bucket out of reach explains."""
+AWAY = ("cannot be reached", "the server stood still", "DATABASE_UNAVAILABLE", "STORE_UNAVAILABLE", "Generic S3 error")
+"""Words of errors that a database or a bucket out of reach explains, or a stop that outlasts a transaction's time."""
 
 
 @dataclass
@@ -167,22 +167,16 @@ def _digest(blobs: Path, version: int) -> str:
 
 def _unexpected(lines: list[tuple[str, dict[str, Any]]], schedule: Schedule) -> Iterator[str]:
     """Yields what no process should have logged."""
-    is_away = any(map(_is_of_a_place, schedule.faults))
     ill = {fault.machine for fault in schedule.faults if isinstance(fault, Full | Unforced)}
     for log, line in lines:
         if "text" in line or line.get("level") in ("error", "critical") or "exception" in line:
             is_ill = bool(ill & {log.split(".")[0], "server"})
-            words = (*(REFUSALS if is_ill else ()), *(AWAY if is_away else ()))
+            words = (*(REFUSALS if is_ill else ()), *(AWAY if schedule.are_several else ()))
             if not any(each in str(line) for each in words):
                 yield f"{log}: {line}"
 
 
 def _never_served(log: Path, schedule: Schedule) -> bool:
-    """Returns True for a life of one of several daemons that began while what they share was away."""
-    lines = log.read_text(errors="replace") if any(map(_is_of_a_place, schedule.faults)) else ""
+    """Returns True for a life of one of several daemons that began while what they share was away, or stood still."""
+    lines = log.read_text(errors="replace") if schedule.are_several else ""
     return any(words in lines for words in AWAY) and '"event": "serving"' not in lines
-
-
-def _is_of_a_place(fault: object) -> bool:
-    """Returns True for a fault of what several daemons share."""
-    return isinstance(fault, Restart | Line) and fault.target in PLACES

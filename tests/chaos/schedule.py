@@ -80,10 +80,6 @@ class Restart(_Lasting):
     machine: str
     for_s: float
 
-    @property
-    def target(self) -> str:
-        return self.machine
-
     def begin(self, world: Any) -> None:
         if not world.machines[self.machine].is_stopped:
             world.machines[self.machine].leave(self.for_s)
@@ -116,10 +112,6 @@ class Line(_Lasting):
     for_s: float
     what: str
     amount: float = 0.0
-
-    @property
-    def target(self) -> str:
-        return self.client
 
     def begin(self, world: Any) -> None:
         world.line(self.client, self.what, self.amount)
@@ -268,6 +260,7 @@ class Schedule:
             own_disks=False,
             has_store=False,
             are_several=True,
+            patience_s=120.0,
         )
 
     @property

@@ -1,7 +1,7 @@
 """Places that several daemons of a world share: a PostgreSQL of the world's own, and a bucket of an S3.
 
-The PostgreSQL is a machine like the others. The S3 keeps its buckets in memory and serves all worlds of a process:
-to the daemons it is away, or started again, while its line is cut, and it stands still while that is stalled.
+The PostgreSQL is a machine like the others. The S3 keeps its buckets in memory: to the daemons it is away, or started
+again, while its line is cut, and it stands still while that is stalled.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ STARTS_S = 20.0
 
 
 def prepare() -> None:
-    """Makes what all worlds of this process share; called before one is forked."""
+    """Makes what the worlds of this process begin with; called before one is forked."""
     _cluster()
-    _s3()
 
 
 class SharedPlaces:
@@ -44,21 +43,26 @@ class SharedPlaces:
     Args:
         place: The world's folder.
         port: The port of its PostgreSQL.
+
+    Attributes:
+        s3: The process of the S3, which ends with this one.
     """
 
     def __init__(self, place: Path, port: int) -> None:
         self._port = port
+        self._s3_port = _free_port()
+        self.s3 = _start_s3(self._s3_port)
         self._bucket = f"chaos-{place.name.removeprefix('chaos-').replace('_', '-').lower()}-{time.monotonic_ns()}"
         place.chmod(0o711)  # PostgreSQL has a user of its own
         request = urllib.request.Request(
-            f"http://127.0.0.1:{_s3()}/{self._bucket}", method="PUT", headers={"Host": "s3.amazonaws.com"}
+            f"http://127.0.0.1:{self._s3_port}/{self._bucket}", method="PUT", headers={"Host": "s3.amazonaws.com"}
         )
         with urllib.request.urlopen(request, timeout=STARTS_S):
             pass
 
     def links(self, daemons: Iterable[str]) -> dict[str, list[int]]:
         """Returns the lines on which daemons reach the places, and the ports that these lead to."""
-        return {S3: [_s3()], **{f"{daemon}/{POSTGRES}": [self._port] for daemon in daemons}}
+        return {S3: [self._s3_port], **{f"{daemon}/{POSTGRES}": [self._port] for daemon in daemons}}
 
     def machine(self, place: Path, drawn: random.Random) -> Machine:
         """Returns the machine of the PostgreSQL; it ends by SIGQUIT as by `pg_ctl -m immediate`, and then recovers."""
@@ -93,7 +97,7 @@ class SharedPlaces:
         for folder in folders:
             for manifest in folder.glob("spool/*.manifest"):
                 shutil.copy(manifest, data / "spool")
-        access = {name.lower(): value for name, value in environment(_s3()).items()}
+        access = {name.lower(): value for name, value in environment(self._s3_port).items()}
         store: Any = S3Store(self._bucket, config=access)  # type: ignore[arg-type]
         for batch in store.list():
             for found in batch:
@@ -109,13 +113,12 @@ def environment(s3_port: int) -> Mapping[str, str]:
     return {**object_store.ACCESS, "AWS_ENDPOINT": f"http://127.0.0.1:{s3_port}"}
 
 
-@functools.cache
-def _s3() -> int:
-    """Starts the S3, which ends with this process; returns its port."""
-    program, port = object_store.program(), _free_port()
+def _start_s3(port: int) -> int:
+    """Starts an S3; returns its process."""
+    program = object_store.program()
     assert program is not None
     command = [program, "-H", "127.0.0.1", "-p", str(port)]
-    processes.start(lambda: os.execv(command[0], command), Path(os.devnull))
+    started = processes.start(lambda: os.execv(command[0], command), Path(os.devnull))
     until = time.monotonic() + STARTS_S
     while True:
         try:
@@ -125,7 +128,7 @@ def _s3() -> int:
                 raise
             time.sleep(0.05)
         else:
-            return port
+            return started
 
 
 @functools.cache

@@ -183,6 +183,7 @@ class World:
                 raise RuntimeError(log.read_text())
         schedule = self._schedule
         if self._shared:
+            self._running.append(self._shared.s3)
             self.machines[POSTGRES] = self._shared.machine(self._place, self._drawn(POSTGRES))
             self.machines[POSTGRES].start()
             self._shared.await_postgres()
