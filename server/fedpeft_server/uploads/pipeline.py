@@ -137,6 +137,17 @@ class Uploads:
         counted = await self._repeated(ticket, header)
         if counted:
             return counted
+        try:
+            return await self._take_in(engine, ticket, header, context)
+        except RoundClosed:
+            # Another daemon, whose answer the client did not get, may have counted it since this one looked.
+            counted = await self._repeated(_current(engine, ticket), header) if self._store.db.is_shared else None
+            if counted:
+                return counted
+            raise
+
+    async def _take_in(self, engine: RunEngine, ticket: Ticket, header: pb.UpdateHeader, context: Context) -> UpdateRow:
+        """Receives an update that did not count as its call began; raises as `push`."""
         if self._store.db.is_shared and not _is_open(engine, ticket):
             await engine.refresh()  # another daemon may have let the round go on
             ticket = _current(engine, ticket)

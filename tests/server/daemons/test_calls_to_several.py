@@ -14,11 +14,13 @@ from sqlalchemy import text
 from fedpeft.adapters import payload
 from fedpeft.identity import audit
 from fedpeft.identity.subject import Role, Subject
+from fedpeft.rounds.tickets import Ticket
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.store.rows import AuditEvent, ClientRow
+from fedpeft_server.store.rows import AuditEvent, ClientRow, UpdateRow
 from fedpeft_server.store.store import version_key
+from fedpeft_server.uploads.pipeline import Uploads
 
 from ..conftest import SPEC, Daemon, config, filled, header, refused, zeros
 from .conftest import Federation, task
@@ -100,6 +102,28 @@ async def test_a_receipt_that_was_lost_is_given_by_another_daemon(federation: Fe
     for client in a:
         assert (await client.upload(given.ticket)).receipt == receipts[0]
     assert await refused(a[2].push(given.ticket, filled(2.0))) == "UPDATE_DIFFERS"
+
+
+async def test_an_upload_that_another_daemon_counts_meanwhile_has_its_receipt_though_the_round_closed(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client whose upload had no answer sends it to another daemon, while the first one comes to count it."""
+    run = await federation.daemons[0].create(config(rounds={"count": 1, "clients": 1, "quorum": 1}))
+    (a,) = await federation.clients("a")
+    given = await task(a[0])
+    counted: list[fed.PushUpdateResponse] = []
+    repeated = Uploads._repeated
+
+    async def counted_meanwhile(self: Uploads, ticket: Ticket, first: fed.UpdateHeader) -> UpdateRow | None:
+        found = await repeated(self, ticket, first)
+        if not counted:
+            monkeypatch.undo()
+            counted.append(await a[1].push(given.ticket, filled(1.0)))
+            await federation.until(lambda d: version(d, run.id) == 1)
+        return found
+
+    monkeypatch.setattr(Uploads, "_repeated", counted_meanwhile)
+    assert [await a[0].push(given.ticket, filled(1.0))] == counted
 
 
 async def test_a_client_that_began_anew_is_asked_again_by_every_daemon(federation: Federation) -> None:
