@@ -83,6 +83,10 @@ class SharedPlaces:
         database = f"postgresql://postgres@127.0.0.1:{postgres_port}/postgres"
         return ["--database", database, "--blobs", f"s3://{self._bucket}", "--updates", f"s3://{self._bucket}"]
 
+    def environment(self, s3_port: int = 0) -> Mapping[str, str]:
+        """Returns the variables with which a process finds the S3, at its own port or at that of a line."""
+        return {**object_store.ACCESS, "AWS_ENDPOINT": f"http://127.0.0.1:{s3_port or self._s3_port}"}
+
     def read(self) -> Any:
         """Opens the database, beside all lines."""
         import psycopg
@@ -97,7 +101,7 @@ class SharedPlaces:
         for folder in folders:
             for manifest in folder.glob("spool/*.manifest"):
                 shutil.copy(manifest, data / "spool")
-        access = {name.lower(): value for name, value in environment(self._s3_port).items()}
+        access = {name.lower(): value for name, value in self.environment().items()}
         store: Any = S3Store(self._bucket, config=access)  # type: ignore[arg-type]
         for batch in store.list():
             for found in batch:
@@ -106,11 +110,6 @@ class SharedPlaces:
                 file = data / "spool" / f"{'.'.join(update)}.update" if update else data / "blobs" / key
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(bytes(store.get(key).bytes()))
-
-
-def environment(s3_port: int) -> Mapping[str, str]:
-    """Returns the variables with which a process finds the S3 at a port."""
-    return {**object_store.ACCESS, "AWS_ENDPOINT": f"http://127.0.0.1:{s3_port}"}
 
 
 def _start_s3(port: int) -> int:

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -33,3 +36,20 @@ def test_several_daemons_under_faults_end_with_the_bits_of_one(
     outcome = hold(f"several {seed}")
     assert outcome.faults == [], told(outcome)
     assert outcome.adapter == undisturbed.adapter or not outcome.is_exact
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["chaos.takeover", "--times", "2"],
+        ["chaos.database_restarts", "--uploads", "400", "--clients", "20", "--folder"],
+    ],
+    ids=["the one that folds is killed", "the database is restarted"],
+)
+def test_every_receipt_counts_once(command: list[str]) -> None:
+    """See the modules: each ends with an error where a promise was broken, or something hangs."""
+    folder = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -199,7 +199,7 @@ class World:
     def _serve(self, name: str, port: int, disk: Path) -> int:
         if self._shared:
             places = self._shared.flags(self._ports[f"{name}/{POSTGRES}"])
-            return mains.serve(disk / "data", port, places, shared_places.environment(self._ports[S3]))
+            return mains.serve(disk / "data", port, places, self._shared.environment(self._ports[S3]))
         places = ["--updates", str(disk / "updates")] if self._schedule.has_store else []
         return mains.serve(disk / "data", port, places, {})
 
