@@ -18,7 +18,7 @@ from fedpeft.aggregation import BlockStrategy, Doubles, Options, Strategy, Updat
 from fedpeft.codecs import BLOCK_ELEMENTS
 from fedpeft.errors import Internal
 from fedpeft.rounds.folding.contributions import Contribution, Overflow
-from fedpeft.rounds.folding.fold import Folded, fold, fold_tensors, weigh
+from fedpeft.rounds.folding.fold import Folded, fold, fold_sums, fold_tensors, weigh
 
 SPECS = (TensorSpec("a", (7, 3)), TensorSpec("b", ()), TensorSpec("c", (50,)))
 NAMES = ["fedadagrad", "fedadam", "fedavg", "fedavgm", "fedyogi"]
@@ -166,6 +166,18 @@ def test_a_value_beyond_float32_is_refused_and_names_the_client_with_the_largest
         assert caught.value.client == "c"
     clipped = list(fold_tensors(cohort, [spec], strategy("fedavg", {}), base, {}, clips=True))
     assert clipped[0].values.tolist()[1:] == base["a"].tolist()[1:]
+
+
+def test_a_sum_beyond_its_range_names_the_largest_part_where_sums_have_their_weights_already() -> (
+    None
+):
+    spec = TensorSpec("a", (3,))
+    edge = contribution("edge", 40_000, {"a": np.array([1e6, 0, 0], np.float32)}, "sum128")
+    single = contribution("single", 1, {"a": np.array([np.nextafter(np.float32(2**33), np.float32(0)), 0, 0])})
+    for cohort in ([edge, single], [single, edge]):
+        with pytest.raises(Overflow, match="tensor a would leave the range of exact sums") as caught:
+            list(fold_sums(cohort, [spec], strategy("fedavg", {})))
+        assert caught.value.client == "single"
 
 
 LORA = (TensorSpec("x.lora_A.weight", (2, 5)), TensorSpec("x.lora_B.weight", (4, 2)), TensorSpec("head.weight", (3, 4)))

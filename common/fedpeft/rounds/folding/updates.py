@@ -12,7 +12,7 @@ from fedpeft.aggregation import BlockStrategy, Doubles, Norms, Options, Strategy
 from fedpeft.codecs.sum128 import ExactSum
 from fedpeft.errors import Internal
 from fedpeft.privacy.central import NoisedSum
-from fedpeft.rounds.folding.contributions import Contribution, blocks_of, exact_sums
+from fedpeft.rounds.folding.contributions import Contribution, blocks_of, exact_sums, is_sum
 
 RESIDENT_BYTES = 8 * 1024 * 1024
 """Bytes read of mapped payloads, all together, before their pages are given back."""
@@ -145,10 +145,14 @@ class Updates:
                 self._release(place, values.nbytes)
             yield start, strategy.reduce(rows, weights)
 
+    def _weights(self) -> list[float]:
+        """Returns by what the values of each update are multiplied: those of a sum have their weights already."""
+        return [1.0 if is_sum(each.manifest) else by for each, by in zip(self.ordered, self._factors, strict=True)]
+
     def largest(self, index: int, position: int) -> tuple[str, float]:
         """Returns the client whose weighted value at a place of a tensor is the largest, and the value."""
         found = ("", 0.0, -1.0)
-        for contribution, factor in zip(self.ordered, self._factors, strict=True):
+        for contribution, factor in zip(self.ordered, self._weights(), strict=True):
             for start, values in blocks_of(contribution, index, self._block):
                 if start <= position < start + values.size:
                     value = float(values[position - start])
@@ -159,7 +163,7 @@ class Updates:
     def loudest(self, indices: Sequence[int]) -> tuple[str, float]:
         """Returns the client whose weighted value somewhere in some tensors is the largest of all, and the value."""
         found = ("", 0.0, -1.0)
-        for contribution, factor in zip(self.ordered, self._factors, strict=True):
+        for contribution, factor in zip(self.ordered, self._weights(), strict=True):
             for index in indices:
                 for _, values in blocks_of(contribution, index, self._block):
                     value = float(values[np.abs(values).argmax()])
