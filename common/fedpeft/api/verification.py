@@ -32,19 +32,23 @@ from fedpeft.rpc.wire import manifest_from_proto
 from fedpeft.v1 import tensor_pb2
 
 
-def check_records(run: str, version: int, records: Sequence[tuple[str, str]]) -> list[Record]:
+def check_records(
+    run: str, version: int, records: Sequence[tuple[str, str]], *, makes_versions: bool = True
+) -> list[Record]:
     """Checks what a server says about the committed rounds of a run.
 
     Args:
         run: Its id.
         version: Its newest adapter version.
         records: The record of each round with the digest (hexadecimal) that goes with it, oldest first.
+        makes_versions: False if its versions are those of a parent's server, and of no number of rounds here.
 
     Returns:
         The records, read.
 
     Raises:
-        BlobCorrupt: With the first record that disagrees, or if there are not `version` of them.
+        BlobCorrupt: With the first record that disagrees, or if there are not `version` of them where rounds make
+            versions.
     """
     for number, (text, sha256) in enumerate(records, 1):
         if digest(text) != sha256:
@@ -59,8 +63,7 @@ def check_records(run: str, version: int, records: Sequence[tuple[str, str]]) ->
             raise BlobCorrupt(
                 f"round {record.round}: it goes back to version {to}, and not to the state of that version"
             )
-    makes_sums = bool(read and read[0].sum_sha256)  # then versions are a parent's, and of no number of rounds here
-    if len(read) != version and not makes_sums:
+    if makes_versions and len(read) != version:
         raise BlobCorrupt(f"{run} has version {version}, and records of {len(read)} rounds")
     return read
 

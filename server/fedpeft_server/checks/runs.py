@@ -27,8 +27,8 @@ def check_run(run: RunRow, database: Database, blobs: Blobs, report: Report) -> 
         versions = whole.select_versions(connection, run.id)
         records = whole.select_records(connection, run.id)
         sums = whole.select_sums(connection, run.id)
-    chain = {record.round: record for record in _check_records(run, records, report)}
     makes_versions = policies.get(run.config.rounds.policy_name).makes_versions
+    chain = {record.round: record for record in _check_records(run, records, report, makes_versions=makes_versions)}
     needed = set(range(run.version + 1)) if makes_versions else {run.version}
     for number in sorted(needed - {version.version for version in versions}):
         report.fault(f"{run.id} version {number}", "the database has no row of it", RESTORE_DATABASE)
@@ -46,10 +46,13 @@ def check_run(run: RunRow, database: Database, blobs: Blobs, report: Report) -> 
     return {file.key for file, _ in files} | {file.key for version in removing for file in version_files(version)}
 
 
-def _check_records(run: RunRow, records: Sequence[tuple[int, str, str]], report: Report) -> list[Record]:
+def _check_records(
+    run: RunRow, records: Sequence[tuple[int, str, str]], report: Report, *, makes_versions: bool
+) -> list[Record]:
     report.looked_at["record"] += len(records)
     try:
-        return check_records(run.id, run.version, [(text, sha256) for _, text, sha256 in records])
+        read = [(text, sha256) for _, text, sha256 in records]
+        return check_records(run.id, run.version, read, makes_versions=makes_versions)
     except (FedpeftError, ValueError) as error:
         said = error.message if isinstance(error, FedpeftError) else str(error)
         report.fault(f"records of {run.id}", said, RESTORE_DATABASE)

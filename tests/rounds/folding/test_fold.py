@@ -168,9 +168,7 @@ def test_a_value_beyond_float32_is_refused_and_names_the_client_with_the_largest
     assert clipped[0].values.tolist()[1:] == base["a"].tolist()[1:]
 
 
-def test_a_sum_beyond_its_range_names_the_largest_part_where_sums_have_their_weights_already() -> (
-    None
-):
+def test_a_sum_beyond_its_range_names_the_largest_part_where_sums_have_their_weights_already() -> None:
     spec = TensorSpec("a", (3,))
     edge = contribution("edge", 40_000, {"a": np.array([1e6, 0, 0], np.float32)}, "sum128")
     single = contribution("single", 1, {"a": np.array([np.nextafter(np.float32(2**33), np.float32(0)), 0, 0])})

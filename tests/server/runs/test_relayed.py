@@ -25,6 +25,7 @@ from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.cli.run.verify import verified
 from fedpeft_operator.cli.session import Session
+from fedpeft_server.commands import check
 
 from ..conftest import SPEC, Arrays, Daemon, RawClient, StartDaemon, config, refused, zeros
 from ..relayed_calls import EXACT, RUN, edges, make, parents, sum_of, supply
@@ -152,6 +153,17 @@ async def test_a_restart_goes_on_where_it_stood(start: StartDaemon, tmp_path: Pa
     third = await start(folder)
     await train(list(enumerate(await third.clients("a", "b"))), 8)
     await committed(third, 8)
+
+
+async def test_an_edge_that_comes_to_a_run_late_is_sound_before_its_first_sum(
+    start: StartDaemon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edge = await start(tmp_path / "edge")
+    await make(edge, 18, zeros(), made=edges(count=40))
+    lines: list[str] = []
+    assert (await verified(Session(edge.server.settings.listen), RUN, None, lines.append))["rounds"] == []
+    await edge.end()
+    assert await asyncio.to_thread(check.main, ["--data-dir", str(tmp_path / "edge")]) == 0, capsys.readouterr().out
 
 
 async def test_what_does_not_go_with_a_parent_is_refused(daemon: Daemon) -> None:

@@ -69,7 +69,8 @@ async def verified(session: Session, run: str, spool: Path | None, say: Callable
         found, _ = await server.run(run)
         relayed = not _makes_versions(found)  # then a round is committed before its parent's version is here
         rounds = [r for r in await server.rounds(run) if r.record and (relayed or r.number <= found.version)]
-        records = check_records(run, found.version, [(r.record, r.record_sha256) for r in rounds])
+        read = [(r.record, r.record_sha256) for r in rounds]
+        records = check_records(run, found.version, read, makes_versions=not relayed)
         with tempfile.TemporaryDirectory(prefix="fedpeft-verify-") as scratch:
             header = _header(found)
             replay = _replay(header, spool, Path(scratch), records) if spool else None
