@@ -19,8 +19,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -33,7 +34,6 @@ from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2
 from fedpeft_server.store.database import Database
-from fedpeft_server.store.rows import Place
 from fedpeft_server.timing import TIMING
 
 from . import mains, processes, shared_places
@@ -139,25 +139,34 @@ def _count(restarts: Path) -> int:
     return len(restarts.read_text().splitlines())
 
 
-def faults(database: Database, run: str, uploaders: list[Uploader]) -> list[str]:
+def faults(database: Database, read: Any, run: str, uploaders: list[Uploader]) -> list[str]:
     """Returns the promises that were broken."""
     found = list[str]()
-    rounds, _ = database.rounds_from(run, Place(), 10**6, 10**9, {})
-    verify_chain([done.record for done in rounds])
-    tickets = {t.ticket.id: t for done in rounds for t in done.tickets}
+    with closing(read) as rows:
+        joined = "from tickets join updates on ticket = id where state = 'received'"
+        counted = dict(rows.execute(f"select id, payload_sha256 {joined}").fetchall())
+        records = [text for (text,) in rows.execute("select record from rounds where record != '' order by number")]
+        booked = dict(rows.execute("select client, sum(payload_up) from traffic group by client").fetchall())
+    verify_chain(records)
     receipts = {receipt.ticket: receipt.sha256.hex() for u in uploaders for receipt in u.receipts}
-    lost = [ticket for ticket, sha256 in receipts.items() if tickets[ticket].payload_sha256 != sha256]
-    folded = Counter(c["ticket"] for done in rounds for c in json.loads(done.record)["contributions"])
+    lost = [ticket for ticket, sha256 in receipts.items() if counted.get(ticket) != sha256]
+    folded = Counter(c["ticket"] for record in records for c in json.loads(record)["contributions"])
     doubled = [ticket for ticket, times in folded.items() if times > 1]
     missing = [ticket for ticket in receipts if ticket not in folded]
     entries = database.transactions.entries_after(0, 10**6)
     audit.verify(entries)
     done = Counter(entry.action for entry in entries if entry.object == run)
     print(f"lost {len(lost) + len(missing)}, doubled {len(doubled)}, of {len(receipts)} receipts; {dict(done)}")
-    if lost or doubled or missing or done["update.received"] != len(receipts) or done["round.committed"] != len(rounds):
+    if (
+        lost
+        or doubled
+        or missing
+        or done["update.received"] != len(receipts)
+        or done["round.committed"] != len(records)
+    ):
         found.append("receipts, folds and audit log do not agree")
-    size = 4 * SPEC.parameters
-    found += [f"{t}: {tickets[t].traffic}" for t in receipts if tickets[t].traffic.payload_up < size]
+    size = 4 * SPEC.parameters * len(records)
+    found += [f"{u.name}: {booked[u.name]} bytes booked of {size}" for u in uploaders if booked[u.name] < size]
     return found
 
 
@@ -192,11 +201,12 @@ def main() -> None:
         time.sleep(1)  # the last one may be under way
         shared.await_postgres()
         database = Database.open(shared.flags(port)[1], TIMING)
-        broken = faults(database, run, uploaders)
+        broken = faults(database, shared.read(), run, uploaders)
         database.close()
     waits = sorted(wait for uploader in uploaders for wait in uploader.waits_s)
     print(
-        f"{len(waits)} uploads in {took_s:.0f} s, {times} restarts, "
+        f"{len({r.ticket for u in uploaders for r in u.receipts})} updates, {len(waits)} uploads in {took_s:.0f} s, "
+        f"{times} restarts, "
         f"{sum(u.repetitions for u in uploaders)} calls repeated, upload median {waits[len(waits) // 2]:.3f} s, "
         f"longest {waits[-1]:.1f} s, load {os.getloadavg()[0]:.1f}"
     )
