@@ -43,7 +43,9 @@ def random_update(spec: AdapterSpec, seed: int) -> Update:
     return wire.manifest_to_proto(manifest), data
 
 
-async def push(stub: pb_grpc.FederationServiceStub, metadata: grpc.aio.Metadata, ticket: str, update: Update) -> None:
+async def push_on(
+    stub: pb_grpc.FederationServiceStub, metadata: grpc.aio.Metadata, ticket: str, update: Update
+) -> None:
     """Pushes until there is a receipt; a server that is busy is asked again, as a real client does."""
     offset = 0
     while True:
@@ -56,6 +58,14 @@ async def push(stub: pb_grpc.FederationServiceStub, metadata: grpc.aio.Metadata,
         await asyncio.sleep(PAUSE_S)
         question = pb.GetUploadRequest(ticket=ticket, sha256=update[0].sha256)
         offset = (await stub.GetUpload(question, metadata=metadata)).committed_bytes
+
+
+async def push(
+    server: str, identity: Identity | None, metadata: grpc.aio.Metadata, ticket: str, update: Update
+) -> None:
+    """Pushes an update, on a connection of its own as the agent does."""
+    async with open_channel(server, identity) as channel:
+        await push_on(pb_grpc.FederationServiceStub(channel), metadata, ticket, update)
 
 
 async def upload(
@@ -113,7 +123,7 @@ async def client(server: str, run: str, name: str, update: Update, identities: P
                 await stub.AnswerOffer(accepted, metadata=metadata)
             elif answer.HasField("training"):
                 await pull(stub, metadata, run, answer.training.version)
-                await push(stub, metadata, answer.training.ticket, update)
+                await push(server, identity, metadata, answer.training.ticket, update)
                 pushed += 1
             elif answer.idle.finished:
                 return pushed

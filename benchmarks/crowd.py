@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from clients import PAUSE_S, Update, pull, push, random_update
+from clients import PAUSE_S, Update, pull, push_on, random_update
 
 from fedpeft import PROTOCOL
 from fedpeft.rpc import wire
@@ -71,7 +71,7 @@ class Crowd:
             if answer.HasField("training"):
                 await self.go.wait()
                 await pull(stub, metadata, self.run, answer.training.version)
-                await push(stub, metadata, answer.training.ticket, self.update)
+                await push_on(stub, metadata, answer.training.ticket, self.update)
                 self.pushed += 1
             elif answer.idle.finished:
                 return

@@ -183,11 +183,16 @@ class Channel:
         self, request: pb.PullAdapterRequest
     ) -> grpc.aio.UnaryStreamCall[pb.PullAdapterRequest, pb.PullAdapterResponse]:
         """Begins a download; what goes wrong with it is for `error`."""
-        return self._counted(self._line.federation.PullAdapter(request, metadata=self._metadata))
+        return self._counted(self._line.federation.PullAdapter(request, metadata=self._metadata), self._line)
 
     def push_update(self) -> grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]:
-        """Begins an upload; what goes wrong with it is for `error`."""
-        return self._counted(self._line.federation.PushUpdate(metadata=self._metadata))
+        """Begins an upload, on a connection of its own that ends with it; what goes wrong with it is for `error`.
+
+        What gRPC has read large messages into stays with a server's connection for as long as that is there.
+        """
+        own = _Connection(open_channel(self._server, self._identity, _OPTIONS))
+        self._old.append(own)
+        return self._counted(own.federation.PushUpdate(metadata=self._metadata), own)
 
     def error(self, error: grpc.aio.AioRpcError) -> FedpeftError:
         """Returns the error of the tree that a failed call stands for."""
@@ -222,9 +227,8 @@ class Channel:
         self.received(cast(Message, answer))
         return answer
 
-    def _counted(self, call: CallT) -> CallT:
+    def _counted(self, call: CallT, line: _Connection) -> CallT:
         """Lets a streaming call hold its line until it is done."""
-        line = self._line
         line.calls += 1
 
         def done(_: object) -> None:
