@@ -134,6 +134,8 @@ def _say(identity: Identity, state_dir: Path) -> None:
         print("the client renews it by itself while it runs; next:")
         evaluate = " --evaluate" if subject.role is Role.EVALUATOR else ""
         print(f"  fedpeft-client --state-dir {shlex.quote(str(state_dir))} --data PATH{evaluate}")
+        if subject.role is Role.CLIENT:
+            print("or, if it is the agent of an edge, with --relay HOST:PORT in place of --data")
     else:
         print(f"this identity does not take part in runs; it is for the commands of {_A[subject.role]}; next:")
         print(f"  fedpeft --identity {shlex.quote(str(identity.folder))} run list")

@@ -46,7 +46,7 @@ class Edge:
             identity = Identity.load(self._options.identity)
             certificates.check_time(identity.certificate, datetime.now(UTC))
         more = {} if attempts is None else {"attempts": attempts}
-        async with OperatorClient(self._options.server, identity, **more) as server:
+        async with OperatorClient(self._options.server, identity, setting="--relay", **more) as server:
             yield server
 
     async def look(self, log: Log) -> None:

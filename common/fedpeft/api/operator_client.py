@@ -97,8 +97,16 @@ class OperatorClient(AccessCalls, RelayCalls):
 
     timeout_s: float | None = None
 
-    def __init__(self, server: str, identity: Identity | None = None, *, attempts: int = ATTEMPTS) -> None:
+    def __init__(
+        self,
+        server: str,
+        identity: Identity | None = None,
+        *,
+        attempts: int = ATTEMPTS,
+        setting: str = "--server or FEDPEFT_SERVER",
+    ) -> None:
         self._server = server
+        self._setting = setting
         self._attempts = attempts
         self._stale_at = time.monotonic() + KEEP_S
         self._open(identity)
@@ -433,8 +441,8 @@ class OperatorClient(AccessCalls, RelayCalls):
 
     def _unreachable(self) -> ServerUnreachable:
         return ServerUnreachable(
-            f"no FedPEFT server answers at {self._server}; start fedpeft-server there, or name another with --server "
-            "or FEDPEFT_SERVER"
+            f"no FedPEFT server answers at {self._server}; start fedpeft-server there, or name another with "
+            f"{self._setting}"
         )
 
     async def _within(self, step: Awaitable[T]) -> T:

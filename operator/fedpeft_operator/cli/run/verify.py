@@ -85,7 +85,7 @@ async def verified(session: Session, run: str, spool: Path | None, say: Callable
                     found_there = await _check_sum(server, record, Path(scratch), replay)
                 else:
                     base, found_there = await _check(server, record, base, replay)
-                say(f"round {record.round}: {_agreement(replay, there=there and found_there)}")
+                say(f"round {record.round}: {_agreement(replay, there=there and found_there, relayed=relayed)}")
     return {
         "run": run,
         "rounds": [_row(record, r.record_sha256, spool is not None) for record, r in zip(records, rounds, strict=True)],
@@ -93,14 +93,15 @@ async def verified(session: Session, run: str, spool: Path | None, say: Callable
     }
 
 
-def _agreement(replay: Replay | None, *, there: bool) -> str:
+def _agreement(replay: Replay | None, *, there: bool, relayed: bool) -> str:
     """Returns what was found to agree of a round, which nothing else was found of; `there` are its versions."""
+    version = "the version before it" if relayed else "version"
     if not there:
         return f"record {'and replay agree' if replay else 'agrees'}; a version was removed by the server's retention"
     if replay is None:
-        return "record and version agree"
+        return f"record and {version} agree"
     noise = ", up to the noise, which nobody can draw again" if replay.noised else ""
-    return f"record, version and replay agree{noise}"
+    return f"record, {version} and replay agree{noise}"
 
 
 async def _check(server: OperatorClient, record: Record, base: Path, replay: Replay | None) -> tuple[Path, bool]:
