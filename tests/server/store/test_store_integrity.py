@@ -193,3 +193,17 @@ def test_a_version_for_clients_that_rots_is_made_again(
         assert [one.kind for one in found] == ([expected] * times if (down, damage) != ("float32", remove) else [])
         (path,) = (p for p in kept.rglob("*") if p.is_file() and p.suffix != f".{integrity.SUFFIX}")
         damage(path)
+
+
+def test_files_that_are_not_trusted_any_more_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of them are gone by then: a server that works for months would keep every update that it ever folded."""
+    now = 1000.0
+    monkeypatch.setattr(integrity.time, "monotonic", lambda: now)
+    files = Integrity()
+    for number in range(20):
+        path = tmp_path / f"{number}.update"
+        path.write_bytes(b"x")
+        files.note(path, "ab" * 32)
+        path.unlink()
+        now += integrity.TRUSTED_S / 4
+    assert files.remembered == 5

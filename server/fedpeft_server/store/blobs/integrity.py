@@ -89,6 +89,11 @@ class Integrity:
         self._lock = threading.Lock()
         self._verified: OrderedDict[Path, tuple[_Looks, str, float]] = OrderedDict()
 
+    @property
+    def remembered(self) -> int:
+        """Number of files that are known to be verified."""
+        return len(self._verified)
+
     def fault(self, path: Path, sha256: str) -> str:
         """Returns what is the matter with a file that should have a digest; empty if nothing is.
 
@@ -141,10 +146,12 @@ class Integrity:
         return known[0] == _looks(path.stat())
 
     def _remember(self, path: Path, looks: _Looks, sha256: str) -> None:
+        """Notes a file; those that are not trusted any more are forgotten, for most of them are gone by then."""
+        now = time.monotonic()
         with self._lock:
-            self._verified[path] = looks, sha256, time.monotonic()
+            self._verified[path] = looks, sha256, now
             self._verified.move_to_end(path)
-            if len(self._verified) > REMEMBERED:
+            while len(self._verified) > REMEMBERED or now - next(iter(self._verified.values()))[2] > TRUSTED_S:
                 self._verified.popitem(last=False)
 
 
