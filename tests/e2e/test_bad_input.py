@@ -465,7 +465,7 @@ def test_every_field_of_a_run_file_is_named_with_its_line(tmp_path: Path, sectio
 
 
 FREE = {"data_dir", "database", "blobs", "updates", "data", "state_dir", "identity", "policy", "weights", "label_map"}
-FREE |= {"image_column", "label_column"}
+FREE |= {"image_column", "label_column", "relay_identity"}
 """Settings that any text may be the value of; what it names is looked for later."""
 
 

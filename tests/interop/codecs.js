@@ -6,7 +6,7 @@ import { decodeDrawn, draws, encodeDrawn } from "./drawn.js";
 const halfEven = (x) => {
   const floor = Math.floor(x);
   const rest = x - floor;
-  return rest > 0.5 || (rest === 0.5 && floor % 2 === 1) ? floor + 1 : floor;
+  return rest > 0.5 || (rest === 0.5 && Math.abs(floor % 2) === 1) ? floor + 1 : floor;
 };
 
 const bitsOf = (value) => {
@@ -163,12 +163,36 @@ function decodeSparse(data, n, own) {
   return values;
 }
 
+const UNIT = 2 ** -64;
+const LAST_SUM = Math.fround(2 ** 33 - 512);
+
+// Sums in units of 2^-64, of which a value of weight 1 is one; a float64 that is no integer is below 2^53.
+function encodeSums(values) {
+  const data = Buffer.alloc(16 * values.length);
+  values.forEach((value, i) => {
+    const units = Math.min(Math.max(value, -LAST_SUM), LAST_SUM) / UNIT;
+    const sum = BigInt.asUintN(128, BigInt(Number.isInteger(units) ? units : halfEven(units)));
+    data.writeBigUInt64LE(sum & 0xffffffffffffffffn, 16 * i);
+    data.writeBigUInt64LE(sum >> 64n, 16 * i + 8);
+  });
+  return data;
+}
+
+function decodeSums(data, n) {
+  if (data.length !== 16 * n) throw new Error(`${data.length} bytes, not ${16 * n}`);
+  return Float32Array.from({ length: n }, (_, i) => {
+    const sum = (data.readBigInt64LE(16 * i + 8) << 64n) | data.readBigUInt64LE(16 * i);
+    return Number(sum) * UNIT;
+  });
+}
+
 // `seed` is that of an encoding that draws.
 export function encode(values, encoding, seed = 0) {
   if (draws(encoding)) return encodeDrawn(Array.from(values), encoding, seed);
   const [form, kept] = encoding.split("+");
   if (form === "sparse") return encodeSparse(values, KEPT[kept]);
   if (form === "int8") return encodeInt8(Array.from(values), false);
+  if (form === "sum128") return encodeSums(Array.from(values));
   return writeBits(Array.from(values, DENSE[form].narrow), DENSE[form].width);
 }
 
@@ -177,6 +201,7 @@ export function decode(data, n, encoding) {
   const [form, kept] = encoding.split("+");
   if (form === "sparse") return decodeSparse(data, n, KEPT[kept]);
   if (form === "int8") return decodeInt8(data, n);
+  if (form === "sum128") return decodeSums(data, n);
   const bits = readBits(data, DENSE[form]);
   if (bits.length !== n) throw new Error(`${bits.length} values, not ${n}`);
   return Float32Array.from(bits, DENSE[form].widen);

@@ -105,8 +105,7 @@ class OperatorClient(AccessCalls, RelayCalls):
         attempts: int = ATTEMPTS,
         setting: str = "--server or FEDPEFT_SERVER",
     ) -> None:
-        self._server = server
-        self._setting = setting
+        self._server, self._setting = server, setting
         self._attempts = attempts
         self._stale_at = time.monotonic() + KEEP_S
         self._open(identity)
@@ -440,10 +439,8 @@ class OperatorClient(AccessCalls, RelayCalls):
         return cause
 
     def _unreachable(self) -> ServerUnreachable:
-        return ServerUnreachable(
-            f"no FedPEFT server answers at {self._server}; start fedpeft-server there, or name another with "
-            f"{self._setting}"
-        )
+        text = f"no FedPEFT server answers at {self._server}; start fedpeft-server there, or name another with "
+        return ServerUnreachable(text + self._setting)
 
     async def _within(self, step: Awaitable[T]) -> T:
         """Awaits one step of a transfer, and no longer than the server may be silent."""

@@ -121,7 +121,7 @@ class TestShownRounds:
     def test_what_the_gauges_show(self, held: Database) -> None:
         assert held.gauge_snapshot(RUN, 3) == GaugeSnapshot({}, {}, Traffic(21), Traffic())
         state = replace(shown(held)[1].round, phase=Phase.COMMITTED)
-        write(held, state, version=2, result=Result(version_row(2), outcome(train_loss=0.5)))
+        write(held, state, version=2, result=Result(outcome(train_loss=0.5), 2.0, version_row(2)))
         held.put_evaluation(RUN, 2, "judge", "test", {"accuracy": 0.5}, 2.0)
         held.put_evaluation(RUN, 0, "judge", "test", {"accuracy": 0.1}, 1.0)
         found = held.gauge_snapshot(RUN, 3)

@@ -86,7 +86,7 @@ class TestRounds:
         assert state.phase is Phase.AGGREGATING
         weights = {t.id: 1 / 3 for t in state.tickets}
         done = advance(state, Aggregated(), CONFIG.rounds, 1002.0)[0]
-        result = Result(version_row(1), outcome('{"r":1}', weights, train_loss=0.1))
+        result = Result(outcome('{"r":1}', weights, train_loss=0.1), 2.0, version_row(1))
         write(with_run, done, reason="going on", version=1, result=result)
         assert in_database(with_run) == Round(RUN, 2)
         (figures,) = shown(with_run)
@@ -107,7 +107,7 @@ class TestRounds:
         write(with_run, state)
         before = status(with_run)
         with pytest.raises(StateInvalid):  # there is a version 0
-            write(with_run, after_receipt(state), version=1, result=Result(version_row(0), outcome()))
+            write(with_run, after_receipt(state), version=1, result=Result(outcome(), 2.0, version_row(0)))
         assert status(with_run) == before and with_run.run(RUN).version == 0
 
     def test_a_failure_does_not_hide_what_must_be_written_the_next_time(self, with_run: Database) -> None:
