@@ -13,7 +13,6 @@ from fedpeft.config import PLAIN
 from fedpeft.errors import (
     AnswerInvalid,
     CapabilitiesInvalid,
-    ChunkInvalid,
     DatabaseLocked,
     DigestInvalid,
     MetricsInvalid,
@@ -50,7 +49,7 @@ from fedpeft_server.store.blobs.download_cache import Encoded
 from fedpeft_server.store.rows import AnswerRow, ClientRow, FailedEvaluation, RunRow, UpdateRow
 from fedpeft_server.store.store import Store, version_key
 from fedpeft_server.traffic import ByteCounter
-from fedpeft_server.uploads.incoming import Context
+from fedpeft_server.uploads.incoming import Context, first_header
 from fedpeft_server.uploads.pipeline import Uploads
 from fedpeft_server.uploads.transfer_slots import TransferSlots
 
@@ -245,13 +244,11 @@ class Federation(pb_grpc.FederationServiceServicer):
     ) -> pb.PushUpdateResponse:
         """Receives an update; the answer means that it is durable."""
         client = await self._identify(context)
-        first = await anext(request_iterator, None)
-        if first is None or not first.HasField("header"):
-            raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
-        engine, ticket = await self._ticket(first.header.ticket, client)
+        header: pb.UpdateHeader = await first_header(request_iterator)
+        engine, ticket = await self._ticket(header.ticket, client)
         noting_refusals = self._runs.progress.noting_refusals(engine.run.id, client, State.UPLOADING)
         with noting_refusals, tracing.span("receive", engine.run.id, ticket.issued_in, client=client):
-            update = await self._uploads.push(engine, ticket, first.header, context)
+            update = await self._uploads.push(engine, ticket, header, context)
         return _receipt(update)
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:

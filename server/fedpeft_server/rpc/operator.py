@@ -9,7 +9,6 @@ from functools import partial
 
 from fedpeft.adapters.payload import chunks
 from fedpeft.errors import (
-    ChunkInvalid,
     ClientNotFound,
     OffsetOutOfRange,
     RequestIdReused,
@@ -37,12 +36,11 @@ from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.integrity import Kind
-from fedpeft_server.store.blobs.open_file import OpenFile
-from fedpeft_server.store.rows import ClientRow, Place, RunRow, VersionRow
+from fedpeft_server.store.rows import ClientRow, Place, RunRow
 from fedpeft_server.store.store import Store, creation_key, version_key
 from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
-from fedpeft_server.uploads.incoming import Context
+from fedpeft_server.uploads.incoming import Context, first_header
 from fedpeft_server.uploads.pipeline import Uploads
 
 FINISHED = (run_pb2.RUN_STATE_COMPLETED, run_pb2.RUN_STATE_STOPPED)
@@ -72,10 +70,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         self, request_iterator: AsyncIterator[pb.CreateRunRequest], context: Context
     ) -> pb.CreateRunResponse:
         """Takes adapter version 0 and begins a run with it."""
-        first = await anext(request_iterator, None)
-        if first is None or not first.HasField("header"):
-            raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
-        header = first.header
+        header: pb.CreateRunHeader = await first_header(request_iterator)
         run, manifest = await self._store.compute(new_run, header)
         known = await self._store.transact(self._store.db.run_by_request, header.request_id)
         if known:
@@ -187,7 +182,10 @@ class Operator(pb_grpc.OperatorServiceServicer):
         number = request.version if request.HasField("version") else engine.run.version
         row = await self._store.transact(self._store.db.retention.version, engine.run.id, number)
         key = version_key(engine.run.id, number, row.source, row.draw)
-        async with engine.noting_corruption(number), self._store.opened(self._checked, key, row) as file:
+        async with (
+            engine.noting_corruption(number),
+            self._store.opened(self._store.blobs.open, key, row.sha256, Kind.VERSION) as file,
+        ):
             if request.offset > row.size_bytes:
                 text = f"is {request.offset}; the file has {row.size_bytes} bytes"
                 raise OffsetOutOfRange(f"the offset {text}", (("offset", text),))
@@ -212,15 +210,6 @@ class Operator(pb_grpc.OperatorServiceServicer):
         async with aclosing(self._relaying.sum_of(request)) as parts:
             async for part in parts:
                 yield part
-
-    def _checked(self, key: str, row: VersionRow) -> OpenFile:
-        """Opens a stored version.
-
-        Raises:
-            BlobCorrupt: If it does not have its digest.
-        """
-        with self._store.blobs.verified(key, row.sha256, Kind.VERSION) as path:
-            return OpenFile(path)
 
     async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsResponse:
         """Shows every client that ever registered, a page at a time."""

@@ -9,7 +9,6 @@ from fedpeft.adapters import payload
 from fedpeft.adapters.payload import chunks
 from fedpeft.errors import (
     BlobCorrupt,
-    ChunkInvalid,
     ManifestInvalid,
     OffsetOutOfRange,
     RunNotRelayed,
@@ -27,9 +26,8 @@ from fedpeft_server.rpc.new_runs import stored_version
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.integrity import Kind
-from fedpeft_server.store.blobs.open_file import OpenFile
 from fedpeft_server.store.store import Store, sum_key, supply_key
-from fedpeft_server.uploads.incoming import Context
+from fedpeft_server.uploads.incoming import Context, first_header
 from fedpeft_server.uploads.pipeline import Uploads
 
 _OF_AN_UPDATE = {"loss": "train_loss", EPSILON: EPSILON}
@@ -57,10 +55,7 @@ class Relaying:
             RunNotFound: If there is no such run.
             FedpeftError: As `RunEngine.supply` and `Uploads.create`.
         """
-        first = await anext(requests, None)
-        if first is None or not first.HasField("header"):
-            raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
-        header = first.header
+        header: pb.SupplyVersionHeader = await first_header(requests)
         engine = await self._relayed(header.run)
         try:
             manifest = manifest_from_proto(header.manifest)
@@ -102,8 +97,9 @@ class Relaying:
             if of_round in figures:
                 metrics[name] = figures[of_round]
         examples = sum(contributed.examples for contributed in said.contributions)
+        key = sum_key(run.id, number)
         try:
-            async with self._store.opened(self._opened, sum_key(run.id, number), said.sum_sha256) as file:
+            async with self._store.opened(self._store.blobs.open, key, said.sum_sha256, Kind.SUM) as file:
                 described = manifest_to_proto(manifest)
                 header = pb.DownloadSumHeader(manifest=described, examples=examples, metrics=metrics)
                 yield pb.DownloadSumResponse(header=header)
@@ -116,15 +112,6 @@ class Relaying:
                     f"{run.id} has no sum of round {number}: a later version was supplied since"
                 ) from None
             raise
-
-    def _opened(self, key: str, sha256: str) -> OpenFile:
-        """Opens a stored sum.
-
-        Raises:
-            BlobCorrupt: If it does not have its digest.
-        """
-        with self._store.blobs.verified(key, sha256, Kind.SUM) as path:
-            return OpenFile(path)
 
     async def _relayed(self, run: str) -> RunEngine:
         """Returns the engine of a run whose rounds make sums.

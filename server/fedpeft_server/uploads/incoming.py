@@ -16,13 +16,25 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from fedpeft.errors import FedpeftError, MessageInvalid, TransferStalled
+from fedpeft.errors import ChunkInvalid, FedpeftError, MessageInvalid, TransferStalled
 from fedpeft.rpc.timing import STALL_S
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import ReceivingBound
 from fedpeft_server.access.call import Call, Party
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+async def first_header(requests: AsyncIterator[Any]) -> Any:
+    """Returns the header with which the stream of an upload begins.
+
+    Raises:
+        ChunkInvalid: If it begins otherwise.
+    """
+    first = await anext(requests, None)
+    if first is None or not first.HasField("header"):
+        raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
+    return first.header
 
 
 class Refused:

@@ -95,7 +95,7 @@ def exact_sums(
 
 def _addends(contribution: Contribution, index: int, block: int) -> Iterator[Values | tuple[High, Low]]:
     entry = contribution.manifest.entries[index]
-    if not is_sum(contribution.manifest):
+    if not codecs.get(entry.encoding).is_sum:
         return (values for _, values in blocks_of(contribution, index, block))
     data = contribution.payload[entry.offset : entry.offset + entry.length]
     return ((high, low) for _, high, low in SUM128.sums(data, math.prod(entry.shape), block))

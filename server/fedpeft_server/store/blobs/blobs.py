@@ -26,6 +26,7 @@ from fedpeft.process.durable import make_folder, refusals, sync
 from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.cache import BlobCache
 from fedpeft_server.store.blobs.integrity import Corruption, Integrity, Kind
+from fedpeft_server.store.blobs.open_file import OpenFile
 from fedpeft_server.store.refusals import store_refusals
 
 log = structlog.get_logger()
@@ -163,6 +164,11 @@ class Blobs:
                 self._files.report(Corruption(kind, key, sha256, integrity.MISSING))
                 raise
             yield self._checked(key, path, sha256, kind)
+
+    def open(self, key: str, sha256: str, kind: Kind) -> OpenFile:
+        """Opens a blob that has the digest which is recorded for it; raises as `verified`."""
+        with self.verified(key, sha256, kind) as path:
+            return OpenFile(path)
 
     def _checked(self, key: str, path: Path, sha256: str, kind: Kind) -> Path:
         with store_refusals(f"reading blob {key} in {self.name}"):
