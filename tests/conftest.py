@@ -104,9 +104,15 @@ def unforked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Holds torch to one thread once a test module has imported it; the others need not wait for it."""
+    """Holds torch to one thread once a test module has imported it; the others need not wait for it.
+
+    What a test draws of torch without a seed of its own is the same in whatever order tests run.
+    """
     torch = sys.modules.get("torch")
-    if torch is not None and torch.get_num_threads() != 1:
+    if torch is None:
+        return
+    torch.manual_seed(0)
+    if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
 
 

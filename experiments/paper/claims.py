@@ -4,7 +4,8 @@
 
 RESULTS has a folder of results for each study, by the name of its file; claims whose study is not there are left out.
 A figure is a difference in points of accuracy, paired by seed, with its 95 % interval. A claim holds if the whole
-interval lies on its side of zero, does not if all of it lies on the other, and else it cannot be told.
+interval lies on its side of zero, does not if all of it lies on the other, and else it cannot be told. Claims of a
+study under way say how many of its seeds they have.
 """
 
 from __future__ import annotations
@@ -137,7 +138,9 @@ def main(results: Path) -> None:
         if (study := studies.get(claim.study)) is None or (found := claim.figure(study)) is None:
             continue
         interval = "" if found.half_width is None else f" ± {100 * found.half_width:.1f}"
-        print(f"| {claim.study} | {claim.text} | {100 * found.mean:+.1f}{interval} | {verdict(found)} |")
+        seeds = len({cell.seed for cell in study.cells})
+        fewer = "" if found.count == seeds else f" ({found.count} of {seeds} seeds)"
+        print(f"| {claim.study} | {claim.text} | {100 * found.mean:+.1f}{interval}{fewer} | {verdict(found)} |")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def published(served: Serving, method: str) -> tuple[fedpeft.Run, dict[str, np.n
         size = int(np.prod(tensor.shape))
         files[tensor.name] = np.frombuffer(data, np.float32, size, at).reshape(tuple(tensor.shape))
         at += 4 * size
-    changed = {name: values + np.float32(0.5) for name, values in files.items()}
+    changed = {name: values + np.float32(0.05) for name, values in files.items()}
     run_of(served).version = 1
     served.double.files = {
         (run.id, version): adapter(run_of(served), version, values) for version, values in enumerate((files, changed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -82,3 +83,23 @@ def test_a_seed_that_only_one_side_has_counts_nothing(claims):
 )
 def test_a_verdict_needs_the_whole_interval_on_one_side(claims, found, words):
     assert claims.verdict(found) == words
+
+
+def test_a_claim_with_fewer_seeds_than_its_study_says_so(claims, tmp_path, capsys):
+    rows = []
+    for method, accuracy in (("bias", 0.5), ("full", 0.25), ("head", 0.75)):
+        for seed in range(3):
+            points = {"method": method, "examples": "500"}
+            rows.append({"key": f"{method}{seed}", "points": points, "seed": seed, "label": ""})
+            if (method, seed) != ("head", 2):
+                place = tmp_path / "scarce" / "cells" / f"{method}{seed}"
+                place.mkdir(parents=True)
+                (place / "report.json").write_text(json.dumps(cell(points, seed, [accuracy]).report))
+    for method in ("adapter", "prompt"):
+        rows.append({"key": method, "points": {"method": method, "examples": "500"}, "seed": 0, "label": ""})
+    (tmp_path / "scarce" / "study.json").write_text(json.dumps({"cells": rows}))
+    claims.main(tmp_path)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| scarce | with 500 examples bias beats full | +25.0 ± 0.0 | holds |",
+        "| scarce | with 500 examples bias beats head | -25.0 ± 0.0 (2 of 3 seeds) | does not hold |",
+    ]
