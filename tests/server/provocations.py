@@ -333,6 +333,12 @@ async def late_version(world: World) -> object:
     return await supply(daemon, 1, zeros())
 
 
+async def version_made_again(world: World) -> object:
+    daemon = await world.start()
+    await make(daemon, 2, zeros())
+    return await supply(daemon, 2, {name: values + 1 for name, values in zeros().items()})
+
+
 async def sum_of_a_round_to_come(world: World) -> object:
     daemon = await world.start()
     await make(daemon, 0, zeros())
@@ -390,6 +396,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "RUN_NOT_RELAYED": version_of_its_own,
     "RUN_RELAYED": rollback_at_an_edge,
     "VERSION_SUPERSEDED": late_version,
+    "VERSION_DIFFERS": version_made_again,
     "RUN_FINISHED": paused_after_its_end,
     "RUN_NOT_FINISHED": deleted_too_early,
     "TICKET_OF_ANOTHER": ticket_of_another,

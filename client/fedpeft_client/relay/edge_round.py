@@ -1,8 +1,8 @@
 """One round at the edge: its version is supplied, its clients' updates are awaited, and their sum is fetched.
 
-    GetRun -- not there --> CreateRun from the version --+
-       | older version ---> SupplyVersion ---------------+--> WatchRun until the round is committed --> DownloadSum
-       | the round is committed already: the agent, or the parent, lost the update -------------------------^
+    GetRun -- not there --> CreateRun from the version ------+
+       | older version, or this one ---> SupplyVersion ------+--> WatchRun until the round is committed --> DownloadSum
+                                            | the round is committed: the agent, or the parent, lost the update --^
 
 All of it may be begun again at any time, by this process or the next: the edge's server keeps what there is.
 """
@@ -19,7 +19,7 @@ from typing import Any
 from fedpeft.adapters.payload import Decoded, Manifest
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.api.round_parts import folded
-from fedpeft.errors import ConfigInvalid, FedpeftError, RunNotFound, SpecInvalid, TrainingFailed
+from fedpeft.errors import ConfigInvalid, FedpeftError, RunNotFound, SpecInvalid, TrainingFailed, VersionDiffers
 from fedpeft.formatting import counted
 from fedpeft.process.logs import Log
 from fedpeft.process.mapped_files import mapped, releaser
@@ -146,15 +146,34 @@ class EdgeRound:
             return
         found = await server.rounds(ours.run.id, after=ours.version, records=False)
         self._rounds = {each.number: each for each in found}
-        if self._is_over():
-            return
-        if self._run.version < ours.version:
-            self._run = await server.supply_version(ours.run.id, ours.version, ours.run.spec, self._tensors())
-            self._log.info("version is supplied to the edge", version=ours.version)
-        elif self._run.version > ours.version:
+        over, known = self._is_over(), self._run.version
+        if known > ours.version and not over:
             raise TrainingFailed(
-                f"the edge has version {self._run.version} of the run by now, and made no sum of round {ours.number}"
+                f"the edge has version {known} of the run by now, and made no sum of round {ours.number}; if this "
+                "server was restored from a backup, the run is to be stopped and deleted at the edge"
             )
+        if known == ours.version or not over:
+            await self._supply(server)
+        if known < self._run.version:
+            self._log.info("version is supplied to the edge", version=ours.version)
+
+    async def _supply(self, server: OperatorClient) -> None:
+        """Supplies the round's version; the edge's server compares one that it has, so that no other is trained from.
+
+        Raises:
+            TrainingFailed: If it has another one of this number. The edge's run is paused, with that for its reason.
+        """
+        ours = self._request
+        try:
+            self._run = await server.supply_version(ours.run.id, ours.version, ours.run.spec, self._tensors())
+        except VersionDiffers as error:
+            self._log.error("the edge's run is paused: its version is not the parent's", cause=error.message)
+            if self._run.state == run_pb2.RUN_STATE_RUNNING:
+                await server.pause(ours.run.id, error.message)
+            raise TrainingFailed(
+                f"the edge has another version {ours.version} of the run than this server, which made it again, as "
+                "after a restore from a backup; the run is to be stopped and deleted at the edge"
+            ) from None
 
     async def _create(self, server: OperatorClient) -> run_pb2.Run:
         ours = self._request

@@ -289,6 +289,18 @@ def slots(file: TensorFile, names: Iterable[str]) -> dict[str, Slot]:
     return {name: Slot(file, name) for name in names}
 
 
+def data_sha256(path: Path) -> bytes:
+    """Returns the digest of a file's tensors without what it says about itself: that of them as a float32 payload."""
+    with path.open("rb") as stream:
+        stream.seek(data_start(stream))
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def data_start(stream: BinaryIO) -> int:
+    """Returns the offset in bytes at which the tensors of a file begin, given the file at its beginning."""
+    return 8 + int.from_bytes(stream.read(8), "little")
+
+
 def check_digest(path: Path, sha256: str) -> None:
     """Checks that a file has its recorded digest.
 

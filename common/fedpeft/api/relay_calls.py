@@ -62,6 +62,8 @@ class RelayCalls(ABC):
     ) -> run_pb2.Run:
         """Uploads a version of the parent's run, after which the run's round after it begins; returns the run.
 
+        Nothing but its description is sent of a version that the run has already.
+
         Args:
             run: The run, which has the parent's id.
             version: The version's number.
@@ -72,6 +74,7 @@ class RelayCalls(ABC):
         Raises:
             RunNotRelayed: If the run makes its versions itself.
             VersionSuperseded: If it has a later one.
+            VersionDiffers: If it has another one of this number.
         """
         from fedpeft.adapters import payload
         from fedpeft.rpc import wire

@@ -45,6 +45,7 @@
     │   ├── RunNotRelayed         the run makes its versions itself
     │   ├── RunRelayed            a parent's server makes its versions
     │   ├── VersionSuperseded     a parent's version came after a later one
+    │   ├── VersionDiffers        a parent made a version again, of other content
     │   ├── RunFinished
     │   ├── RunNotFinished
     │   ├── NoAuthority           the server cannot issue certificates
@@ -211,6 +212,7 @@ from fedpeft.errors.preconditions import (
     SelfRevocation,
     TicketClosed,
     UpdateExcluded,
+    VersionDiffers,
     VersionSuperseded,
 )
 from fedpeft.errors.root import (
@@ -315,6 +317,7 @@ __all__ = [
     "UpdateTooLarge",
     "UploadIncomplete",
     "VersionBeingMade",
+    "VersionDiffers",
     "VersionNotFound",
     "VersionRemoved",
     "VersionSuperseded",

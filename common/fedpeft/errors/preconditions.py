@@ -47,6 +47,10 @@ class VersionSuperseded(FailedPrecondition):
     """The parent's version came after a later one."""
 
 
+class VersionDiffers(FailedPrecondition):
+    """The parent made a version of this number again, of other content."""
+
+
 class RunFinished(FailedPrecondition):
     """The run is completed or stopped."""
 

@@ -104,12 +104,13 @@ class OperatorServiceStub:
     SupplyVersion: _aio.StreamUnaryMultiCallable[_operator_service_pb2.SupplyVersionRequest, _operator_service_pb2.SupplyVersionResponse]
     """SupplyVersion brings an adapter version of the parent run to a relayed run (CreateRunHeader.relays), and begins the
     round after it: a header, then the payload in chunks. A round that was in progress is over, whatever had come for it.
-    A version that the run has already, or a later one, changes nothing but that.
+    A version that the run has already changes nothing: the server answers after the header, and takes no chunk.
       NOT_FOUND            RUN_NOT_FOUND
       INVALID_ARGUMENT     MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
       FAILED_PRECONDITION  RUN_FINISHED         completed or stopped
       FAILED_PRECONDITION  RUN_NOT_RELAYED      the run makes its versions itself
       FAILED_PRECONDITION  VERSION_SUPERSEDED   the run has a later version
+      FAILED_PRECONDITION  VERSION_DIFFERS      the run has this version, with another digest of its payload
       DATA_LOSS            CHECKSUM_MISMATCH
       OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
       RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL, TRANSFERS_BUSY
@@ -299,12 +300,13 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_operator_service_pb2.SupplyVersionResponse]:
         """SupplyVersion brings an adapter version of the parent run to a relayed run (CreateRunHeader.relays), and begins the
         round after it: a header, then the payload in chunks. A round that was in progress is over, whatever had come for it.
-        A version that the run has already, or a later one, changes nothing but that.
+        A version that the run has already changes nothing: the server answers after the header, and takes no chunk.
           NOT_FOUND            RUN_NOT_FOUND
           INVALID_ARGUMENT     MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
           FAILED_PRECONDITION  RUN_FINISHED         completed or stopped
           FAILED_PRECONDITION  RUN_NOT_RELAYED      the run makes its versions itself
           FAILED_PRECONDITION  VERSION_SUPERSEDED   the run has a later version
+          FAILED_PRECONDITION  VERSION_DIFFERS      the run has this version, with another digest of its payload
           DATA_LOSS            CHECKSUM_MISMATCH
           OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  a chunk does not begin where the one before it ended
           RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, DISK_FULL, TRANSFERS_BUSY

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
 
-from fedpeft.adapters import payload
+from fedpeft.adapters import adapter_file, payload
 from fedpeft.adapters.payload import chunks
 from fedpeft.errors import (
     BlobCorrupt,
@@ -13,6 +13,7 @@ from fedpeft.errors import (
     OffsetOutOfRange,
     RunNotRelayed,
     SumNotFound,
+    VersionDiffers,
 )
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.rounds import record
@@ -26,7 +27,8 @@ from fedpeft_server.rpc.new_runs import stored_version
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.integrity import Kind
-from fedpeft_server.store.store import Store, sum_key, supply_key
+from fedpeft_server.store.rows import VersionRow
+from fedpeft_server.store.store import Store, sum_key, supply_key, version_key
 from fedpeft_server.uploads.incoming import Context, first_header
 from fedpeft_server.uploads.pipeline import Uploads
 
@@ -51,8 +53,11 @@ class Relaying:
     async def supply(self, requests: AsyncIterator[pb.SupplyVersionRequest], context: Context) -> RunEngine:
         """Takes a version of the parent's server; returns its run.
 
+        One that is here already needs no chunk: its digest says that it is the same.
+
         Raises:
             RunNotFound: If there is no such run.
+            VersionDiffers: If the run has another version of this number.
             FedpeftError: As `RunEngine.supply` and `Uploads.create`.
         """
         header: pb.SupplyVersionHeader = await first_header(requests)
@@ -62,14 +67,38 @@ class Relaying:
             payload.check_manifest(manifest, engine.run.spec.shared, ("float32",))
         except ManifestInvalid as error:
             raise error.within("header.manifest") from None
-        key = supply_key(engine.run.id)
-        try:
-            await self._uploads.create(key, manifest, context)
-            stored = partial(stored_version, self._store, key, engine.run, manifest, header.version)
-            await engine.supply(header.version, stored, actor())
-        finally:
-            self._store.soon(self._store.updates.remove_all, (key,))
+        if header.version != engine.run.version:
+            key = supply_key(engine.run.id)
+            try:
+                await self._uploads.create(key, manifest, context)
+                stored = partial(stored_version, self._store, key, engine.run, manifest, header.version)
+                await engine.supply(header.version, stored, actor())
+            finally:
+                self._store.soon(self._store.updates.remove_all, (key,))
+        await self._check_same(engine, header.version, manifest.sha256)
         return engine
+
+    async def _check_same(self, engine: RunEngine, version: int, sha256: bytes) -> None:
+        """Checks that a run's version is the one of a parent's server whose float32 payload has the digest `sha256`.
+
+        Raises:
+            VersionDiffers: If it is another one.
+            BlobCorrupt: If its file is missing or corrupt.
+        """
+        run = engine.run.id
+        async with engine.noting_corruption(version):
+            row = await self._store.transact(self._store.db.version, run, version)
+            found = await self._store.version(self._payload_sha256, row)
+        if found != sha256:
+            raise VersionDiffers(
+                f"{run} has another version {version} than the parent's server, which made that version again, as "
+                "after a restore from a backup; stop and delete the run here: it is created anew from the parent's"
+            )
+
+    def _payload_sha256(self, version: VersionRow) -> bytes:
+        key = version_key(version.run, version.version, version.source, version.draw)
+        with self._store.blobs.verified(key, version.sha256, Kind.VERSION) as path:
+            return adapter_file.data_sha256(path)
 
     async def sum_of(self, request: pb.DownloadSumRequest) -> AsyncGenerator[pb.DownloadSumResponse, None]:
         """Yields the sum of a round: a header, then its payload in chunks.

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest
 from fedpeft.api import operator_client
-from fedpeft.errors import ConfigInvalid, Draining, FedpeftError, RoleMayNot, TrainingFailed
+from fedpeft.errors import ConfigInvalid, Draining, FedpeftError, RoleMayNot, TrainingFailed, VersionDiffers
 from fedpeft.process import logs
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
@@ -110,7 +110,7 @@ async def test_a_sum_that_is_there_is_fetched_again(
     served.double.runs["run-a"] = a_run("run-a", version=1, state=state)
     served.double.rounds["run-a"] = [a_round(1), a_round(2)]
     assert (await relay.collect()).examples == 64
-    assert served.double.asked == ["GetRun", "ListRounds", "DownloadSum"]
+    assert served.double.asked == ["GetRun", "ListRounds", "SupplyVersion", "DownloadSum"], "the version is compared"
 
 
 @pytest.mark.parametrize(("state", "word"), [(PAUSED, "paused"), (STOPPED, "stopped")])
@@ -136,6 +136,21 @@ async def test_an_edge_that_went_on_has_no_sum(served: Serving, relay: Relay) ->
     with pytest.raises(TrainingFailed, match="its server fails with SUM_NOT_FOUND"):
         served.double.sums.clear()
         await relay.collect()
+
+
+@pytest.mark.parametrize("committed", [False, True])
+async def test_a_version_that_the_parent_made_again_pauses_the_edges_run(
+    served: Serving, relay: Relay, committed: bool
+) -> None:
+    run = served.double.runs["run-a"] = a_run("run-a", version=1)
+    served.double.rounds["run-a"] = [a_round(2, committed=committed)]
+    why = "run-a has another version 1; stop and delete the run here"
+    served.double.failures["SupplyVersion"] = [VersionDiffers(why)]
+    with capture_logs() as lines, pytest.raises(TrainingFailed, match=r"another version 1 .* stopped and deleted at"):
+        await relay.collect()
+    assert (run.state, run.reason) == (PAUSED, why)
+    assert [line["cause"] for line in lines if line["log_level"] == "error"] == [run.reason]
+    assert "DownloadSum" not in served.double.asked, "its sum is not that of the parent's version"
 
 
 @pytest.mark.parametrize(

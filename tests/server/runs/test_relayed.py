@@ -8,13 +8,16 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.adapters import payload
-from fedpeft.errors import ConfigInvalid, RunFinished, RunNotRelayed, RunRelayed, VersionSuperseded
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.api.operator_client import OperatorClient
+from fedpeft.errors import ConfigInvalid, RunFinished, RunNotRelayed, RunRelayed, VersionDiffers, VersionSuperseded
 from fedpeft.rounds.events import Paused, Resumed, RolledBack, Supplied, TimePassed, Waiting
 from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.tickets import TicketState
@@ -135,6 +138,46 @@ async def test_a_round_that_is_not_over_goes_with_what_had_come_for_it(daemon: D
     await train([(0, a), (1, b)], 3)
     await committed(daemon, 3)
     assert await refused(sum_of(daemon, 1)) == "SUM_NOT_FOUND"
+
+
+async def test_a_version_is_known_by_its_content_too(start: StartDaemon, tmp_path: Path) -> None:
+    """A parent that was restored from a backup makes a version of the same number again, of other updates."""
+    folder, again = tmp_path / "edge", {name: values + 1 for name, values in zeros().items()}
+    first = await start(folder)
+    await make(first, 0, zeros(), made=edges(count=9))
+    clients = list(enumerate(await first.clients("a", "b")))
+    assert await refused(supply(first, 0, again)) == "VERSION_DIFFERS"
+    await train(clients, 1)
+    await committed(first, 1)
+    await supply(first, 1, zeros())
+    await train(clients, 2)
+    await committed(first, 2)
+    kept = await sum_of(first, 2)
+    await first.end()
+    second = await start(folder)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await supply(second, 1, again)
+    assert "stop and delete the run here" in str(caught.value.details())
+    assert (await supply(second, 1, zeros())).version == 1
+    assert await sum_of(second, 2) == kept, "a refusal changes nothing"
+    await supply(second, 2, again)
+    assert await refused(supply(second, 2, zeros())) == "VERSION_DIFFERS"
+
+
+async def test_a_version_that_is_here_is_not_sent_again(daemon: Daemon) -> None:
+    """The server answers a client that has begun to send 64 MiB of it."""
+    spec = AdapterSpec.of("bias", [TensorSpec("a", (2**24,))])
+    there, other = ({"a": np.full(2**24, value, np.float32)} for value in (1.0, 2.0))
+    sent: list[int] = []
+    async with OperatorClient(daemon.server.settings.listen) as relay:
+        await relay.create_run(edges(), spec, "ab" * 32, there, 2**24, relays=op.Relay(run=RUN, version=1))
+        assert (
+            await relay.supply_version(RUN, 1, spec, there, progress=lambda done, _: sent.append(done))
+        ).version == 1
+        assert max(sent) < 2**26
+        with pytest.raises(VersionDiffers):
+            await relay.supply_version(RUN, 1, spec, other)
+        assert (await relay.supply_version(RUN, 2, spec, other)).version == 2
 
 
 async def test_a_restart_goes_on_where_it_stood(start: StartDaemon, tmp_path: Path) -> None:

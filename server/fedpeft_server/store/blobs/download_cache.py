@@ -5,7 +5,6 @@ A float32 version is not encoded at all: the data of its file, in the spec's ord
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -267,11 +266,9 @@ def _in_place(path: Path, version: VersionRow, spec: AdapterSpec) -> Encoded:
     sizes = [4 * tensor.size for tensor in spec.shared]
     offsets = [0, *accumulate(sizes)]
     with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        file.seek(start)
-        digest = hashlib.file_digest(file, "sha256").digest()
+        start = adapter_file.data_start(file)
     entries = tuple(
         Entry(tensor.name, tensor.shape, "float32", offset, size)
         for tensor, offset, size in zip(spec.shared, offsets, sizes, strict=False)
     )
-    return Encoded(version, Manifest(entries, offsets[-1], digest), None, start)
+    return Encoded(version, Manifest(entries, offsets[-1], adapter_file.data_sha256(path)), None, start)
