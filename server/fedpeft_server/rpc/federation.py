@@ -97,6 +97,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         """Announces a client; a dry run is only told what it would hear."""
         sessions = self._sessions
         follows = await self._follow(context)
+        if request.run:
+            await self._runs.look_up(request.run)
         role = _ROLE_NAMES.get(request.role)
         if role is None:
             raise CapabilitiesInvalid("the role must be trainer or evaluator", (("role", "is unspecified"),))
@@ -289,9 +291,8 @@ class Federation(pb_grpc.FederationServiceServicer):
             fault = f"has {len(request.runs)} ids; at most {MAX_CHECKED} are taken"
             raise RunsInvalid(f"runs {fault}", (("runs", fault),))
         unknown = run_pb2.RUN_STATE_UNSPECIFIED
-        states = ((run, self._runs.state(run)) for run in request.runs)
-        standings = [pb.RunStanding(run=run, state=RUN_STATES[state] if state else unknown) for run, state in states]
-        return pb.CheckRunsResponse(runs=standings)
+        found = {run: RUN_STATES[state] for run, state in (await self._runs.states(request.runs)).items()}
+        return pb.CheckRunsResponse(runs=[pb.RunStanding(run=r, state=found.get(r, unknown)) for r in request.runs])
 
     async def PushEvaluation(self, request: pb.PushEvaluationRequest, context: Context) -> pb.PushEvaluationResponse:
         """Takes figures of a version."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 
 import structlog
@@ -293,10 +293,13 @@ class Runs:
         """
         return bool(self.get(run_id) if run_id else self._engines)
 
-    def state(self, run_id: str) -> RunState | None:
-        """Returns the state of a run; None if there is none of that id."""
-        engine = self._engines.get(run_id)
-        return None if engine is None else engine.run.state
+    async def states(self, runs: Sequence[str]) -> dict[str, RunState]:
+        """Returns the states of those of some runs that exist, here or with another daemon alone until now."""
+        known = {run: self._engines[run].run.state for run in runs if run in self._engines}
+        others = [run for run in runs if run not in known and ids.RUN.fullmatch(run)]
+        if others and self._store.db.is_shared:
+            known |= await self._store.transact(self._store.db.states, others)
+        return known
 
     def active(self, run_id: str = "") -> list[RunEngine]:
         """Returns, of the engines that `all` returns, those with rounds left to be held."""
@@ -360,7 +363,8 @@ class Runs:
         Raises:
             RunNotFound: If there is no such run.
         """
-        found = [e for e in self.all(run_id) if self.participation.conduct(e.run.id, client).is_aside]
+        engines = [await self.look_up(run_id)] if run_id else self.all()
+        found = [e for e in engines if self.participation.conduct(e.run.id, client).is_aside]
         for engine in found:
             await engine.readmit(client, by)
         return [engine.run.id for engine in found]

@@ -49,6 +49,7 @@ from fedpeft_server.store.rows import (
     Place,
     RoundFigures,
     RunRow,
+    RunState,
     TicketRow,
     Traffic,
     Transition,
@@ -158,6 +159,11 @@ class Database:
         """Returns all runs, oldest first."""
         with self._reading() as connection:
             return run_queries.select_runs(connection)
+
+    def states(self, runs: Sequence[str]) -> dict[str, RunState]:
+        """Returns the states of those of some runs that exist."""
+        with self._reading() as connection:
+            return run_queries.select_states(connection, runs)
 
     def delete_run(self, run_id: str, audit_events: AuditEvents = ()) -> None:
         """Deletes a run with its versions, rounds, tickets, updates, traffic and evaluations.
@@ -321,11 +327,6 @@ class Database:
         """Returns what was received for a ticket, or None."""
         with self._reading() as connection:
             return rounds.select_update(connection, ticket_id)
-
-    def updates(self, run_id: str, number: int) -> dict[str, UpdateRow]:
-        """Returns what was received in a round, by ticket."""
-        with self._reading() as connection:
-            return rounds.select_updates(connection, run_id, number)
 
     def fold_inputs(self, run_id: str, number: int, base: int, earlier: Sequence[int]) -> FoldInputs:
         """Returns what round `number` is folded from, and norms and examples of the `earlier` ones.

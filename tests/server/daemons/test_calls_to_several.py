@@ -18,6 +18,7 @@ from fedpeft.rounds.tickets import Ticket
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
+from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.rows import AuditEvent, ClientRow, UpdateRow
 from fedpeft_server.store.store import version_key
 from fedpeft_server.uploads.pipeline import Uploads
@@ -197,6 +198,29 @@ async def test_a_run_is_paused_resumed_and_deleted_with_any_daemon(federation: F
     await two.DeleteRun(op.DeleteRunRequest(run=run))
     await federation.until(lambda d: d.server.runs.find(run) is None)
     assert await refused(three.GetRun(op.GetRunRequest(run=run))) == "RUN_NOT_FOUND"
+
+
+async def test_a_run_that_a_daemon_has_not_heard_of_is_not_said_to_be_deleted(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that hears of a deleted run removes what it has of it, and the agent of an edge stops the edge's run."""
+
+    async def hears_nothing(runs: Runs, run_id: str) -> None:
+        pass
+
+    (a,) = await federation.clients("a")
+    monkeypatch.setattr(Runs, "follow", hears_nothing)
+    one, other = federation.daemons[0], federation.daemons[2]
+    run = (await one.create(config(rounds={"count": 1, "clients": 2}))).id
+    assert other.server.runs.find(run) is None
+    asked = fed.CheckRunsRequest(runs=["run-none", run])
+    states = [run_pb2.RUN_STATE_UNSPECIFIED, run_pb2.RUN_STATE_RUNNING]
+    assert [each.state for each in (await a[2].stub.CheckRuns(asked, metadata=a[2].metadata)).runs] == states
+    assert other.server.runs.find(run) is None, "the question alone has nobody take it up"
+    assert [each.id for each in (await a[1].register(run=run)).runs] == [run]
+    readmitted = op.ReadmitClientRequest(client="a", run=run)
+    assert list((await federation.daemons[0].operator.ReadmitClient(readmitted)).runs) == []
+    assert list((await other.operator.ReadmitClient(readmitted)).runs) == []
 
 
 async def test_figures_of_an_evaluator_are_shown_by_every_daemon(federation: Federation) -> None:

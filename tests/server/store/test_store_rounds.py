@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from fedpeft_server.store.rows import (
     TicketFigures,
     Traffic,
     Transition,
+    UpdateRow,
 )
 from fedpeft_server.timing import TIMING
 
@@ -38,7 +40,7 @@ class TestRounds:
         state = opened()
         state = advance(state, Withdrawn(state.tickets[1].id, "näh"), CONFIG.rounds, 1001.0)[0]
         write(with_run, state)
-        assert in_database(with_run) == state and with_run.updates(RUN, 1) == {}
+        assert in_database(with_run) == state and received_of(with_run) == {}
         (figures,) = shown(with_run)
         assert figures == RoundFigures(state, tickets=tuple(TicketFigures(t, Traffic()) for t in state.tickets))
         found = with_run.ticket(state.tickets[1].id)
@@ -72,7 +74,7 @@ class TestRounds:
         with_run.transit(Transition(received, [update_row(ticket)]))
         with pytest.raises(RevisionMoved, match="is at revision 2, not at 1"):
             with_run.transit(Transition(received, [update_row(ticket, at=99.0)]))
-        assert with_run.updates(RUN, 1) == {ticket: update_row(ticket)}
+        assert received_of(with_run) == {ticket: update_row(ticket)}
         assert in_database(with_run).ticket(ticket).state is TicketState.RECEIVED
         found = with_run.client(client)
         assert found is not None and found.updates == 1
@@ -119,6 +121,11 @@ class TestRounds:
             write(with_run, received, replace(broken, metrics={"loss": object()}))
         write(with_run, received, broken)
         assert in_database(with_run) == received
+
+
+def received_of(database: Database) -> Mapping[str, UpdateRow]:
+    """Returns the updates of round 1, by ticket."""
+    return database.fold_inputs(RUN, 1, 0, ()).updates
 
 
 def status(database: Database) -> RunStatus:
@@ -178,7 +185,7 @@ def test_killed_between_any_two_instructions_it_keeps_every_receipt(sqlite_url: 
     assert process.wait(10) == -signal.SIGKILL
     database = Database.open(sqlite_url, TIMING)
     durable = {t.id for t in in_database(database).in_state(TicketState.RECEIVED)}
-    assert durable == set(database.updates(RUN, 1))
+    assert durable == set(received_of(database))
     assert set(receipted) <= durable
     assert len(durable) <= len(receipted) + 1
     database.close()

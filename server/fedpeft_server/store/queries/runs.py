@@ -18,7 +18,7 @@ MAX_SPLITS = 16
 """Most splits of a run, over all its evaluators: each has its own series in Prometheus and figures of every version."""
 
 
-_EXISTING = select(tables.runs.c.id).where(tables.runs.c.id.in_(bindparam("ids", expanding=True)))
+_STATES = select(tables.runs.c.id, tables.runs.c.state).where(tables.runs.c.id.in_(bindparam("ids", expanding=True)))
 _VERSION = select(tables.versions).where(
     tables.versions.c.run == bindparam("of_run"), tables.versions.c.version == bindparam("of_version")
 )
@@ -118,9 +118,15 @@ def delete_run(connection: Connection, run: str) -> None:
         raise RunNotFound(f"there is no run {run}")
 
 
+def select_states(connection: Connection, runs: Iterable[str]) -> dict[str, RunState]:
+    """Returns the states of those of some run ids that exist."""
+    rows = connection.execute(_STATES, {"ids": sorted(set(runs))})
+    return {row.id: RunState(row.state) for row in rows}
+
+
 def existing(connection: Connection, runs: Iterable[str]) -> set[str]:
     """Returns those of some run ids that exist."""
-    return set(connection.execute(_EXISTING, {"ids": sorted(set(runs))}).scalars())
+    return set(select_states(connection, runs))
 
 
 def insert_version(connection: Connection, version: VersionRow) -> None:
