@@ -7,10 +7,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import obstore
 import pytest
+from obstore.store import LocalStore
 
 from fedpeft.errors import BlobCorrupt, DiskFull, StateInvalid, StoreUnavailable
 from fedpeft_server.store.blobs.blobs import Blobs
@@ -20,13 +25,17 @@ KEY = "runs/run-1/versions/000001.safetensors"
 DATA = os.urandom(2 * 1024 * 1024 + 7)
 
 
-@pytest.fixture(params=["folder", "file", "memory", "s3"])
-def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
-    if request.param in ("memory", "s3"):
-        url = request.getfixturevalue("s3") + "/a/folder" if request.param == "s3" else "memory:///"
+def _place(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
+    if name in ("memory", "s3"):
+        url = request.getfixturevalue("s3") + "/a/folder" if name == "s3" else "memory:///"
         return Blobs(url, tmp_path / "cache")
     folder = tmp_path / "blobs with space"
-    return Blobs(str(folder) if request.param == "folder" else folder.as_uri())
+    return Blobs(str(folder) if name == "folder" else folder.as_uri())
+
+
+@pytest.fixture(params=["folder", "file", "memory", "s3"])
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
+    return _place(request.param, request, tmp_path)
 
 
 def test_what_was_put_is_got(blobs: Blobs, tmp_path: Path) -> None:
@@ -64,6 +73,75 @@ def test_deleting_a_folder_leaves_its_neighbours(blobs: Blobs) -> None:
         blobs.local_path(KEY)
     blobs.put(KEY, b"again")
     assert blobs.local_path(KEY).read_bytes() == b"again"
+
+
+@pytest.fixture
+def strict(tmp_path: Path) -> Blobs:
+    """Objects in a store that says so when it is to delete one that is not there, as Google's and Azure's do."""
+    blobs = Blobs("memory:///", tmp_path / "cache")
+    (tmp_path / "objects").mkdir()
+    blobs._store = LocalStore(tmp_path / "objects")
+    return blobs
+
+
+class TestDeletingObjectsThatAreGone:
+    """Another daemon, or this one before it was killed, may have deleted some."""
+
+    @pytest.fixture(params=["folder", "file", "memory", "s3", "strict"])
+    def blobs(self, request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
+        name = request.param
+        return request.getfixturevalue("strict") if name == "strict" else _place(name, request, tmp_path)
+
+    def test_by_their_keys(self, blobs: Blobs) -> None:
+        keys = [f"runs/run-1/versions/{number:06}.safetensors" for number in range(40)]
+        for key in keys[::2]:
+            blobs.put(key, b"x")
+        blobs.delete(keys)
+        assert not blobs.has_any("runs")
+        blobs.delete(keys)
+        blobs.delete([])
+
+    @pytest.mark.parametrize("of_one", [True, False])
+    def test_after_they_were_listed(self, strict: Blobs, monkeypatch: pytest.MonkeyPatch, of_one: bool) -> None:
+        versions = "runs/run-1/versions/"
+        for name in ("000001-aa", "000001-bb", "000001-cc"):
+            strict.put(versions + name, b"x")
+        listed = obstore.list
+
+        def list_late(*arguments: Any, **options: Any) -> Iterator[Any]:
+            batches = list(listed(*arguments, **options))
+            obstore.delete(strict._store, f"{versions}000001-bb")
+            return iter(batches)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(obstore, "list", list_late)
+            if of_one:
+                strict.keep_only(f"{versions}000001-aa", f"{versions}000001")
+            else:
+                strict.delete_prefix("runs/run-1/")
+        assert list(strict.keys("runs")) == [f"{versions}000001-aa"] * of_one
+
+
+def test_a_folder_is_deleted_while_other_threads_write(tmp_path: Path) -> None:
+    blobs, done = Blobs(str(tmp_path / "blobs")), threading.Event()
+
+    def write(thread: int) -> None:
+        for number in range(200):
+            blobs.put(f"runs/run-{thread}-{number}/versions/000001", b"x")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            writing = [threads.submit(write, thread) for thread in range(2)]
+            deleting = threads.submit(lambda: [blobs.delete_prefix("runs/other/") for _ in iter(done.is_set, True)])
+            for each in writing:
+                each.result()
+            done.set()
+            assert deleting.result()
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
 
 
 def test_the_cache_of_an_object_store_vanishes_with_it() -> None:

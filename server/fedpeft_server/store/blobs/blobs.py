@@ -9,8 +9,9 @@ import errno
 import hashlib
 import secrets
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Blobs:
         self.name = f"{flag} {url}"
         self._root: Path | None = None
         self._cache = BlobCache(cache)
+        self._lock = threading.Lock()
         self._durable: set[Path] = set()
         """Folders whose name is known to be durable."""
         if "://" not in url or url.startswith("file://"):
@@ -133,7 +135,8 @@ class Blobs:
             if folder == root or folder in self._durable:
                 break
             sync(folder.parent)
-            self._durable.add(folder)
+            with self._lock:
+                self._durable.add(folder)
 
     def local_path(self, key: str) -> Path:
         """Returns a file that holds the blob: its own in a folder, else a copy that may go once others are read."""
@@ -248,10 +251,7 @@ class Blobs:
                 with store_refusals(f"deleting {self._root / key}"):
                     (self._root / key).unlink(missing_ok=True)
             return
-        with self._translated("deleting", keys[0] if keys else ""):
-            obstore.delete(self._store, list(keys))
-        for key in keys:
-            self._cache.forget(key)
+        self._delete_objects(keys, keys[0] if keys else "")
 
     def delete_prefix(self, prefix: str) -> None:
         """Deletes every blob whose key begins with a folder, such as `runs/RUN/`; those there are none of included."""
@@ -260,25 +260,31 @@ class Blobs:
             return
         with self._translated("deleting", prefix):
             keys = [found["path"] for batch in obstore.list(self._store, prefix.rstrip("/")) for found in batch]
-            if keys:
-                obstore.delete(self._store, keys)
-        for key in keys:
-            self._cache.forget(key)
+        self._delete_objects(keys, prefix)
 
     def keep_only(self, key: str, beginning: str) -> None:
         """Deletes the blobs beside one, whose keys have the same beginning, such as `runs/RUN/versions/000012`."""
         folder = beginning.rpartition("/")[0]
         with self._translated("deleting", beginning):
             found = [each["path"] for batch in obstore.list(self._store, folder) for each in batch]
-            others = [path for path in found if path.startswith(beginning) and path != key]
-            if others:
-                obstore.delete(self._store, others)
-        for path in others:
-            self._cache.forget(path)
+        self._delete_objects([path for path in found if path.startswith(beginning) and path != key], beginning)
+
+    def _delete_objects(self, keys: Sequence[str], place: str) -> None:
+        """Deletes objects; those there are none of included, which is an error to some stores (gs://, az://)."""
+        with self._translated("deleting", place):
+            try:
+                obstore.delete(self._store, list(keys))
+            except FileNotFoundError:
+                for key in keys:  # others may have been left after the first that is missing
+                    with suppress(FileNotFoundError):
+                        obstore.delete(self._store, key)
+        for key in keys:
+            self._cache.forget(key)
 
     def _delete_folder(self, folder: Path) -> None:
         # The whole folder, because a process that dies while writing leaves a file that the store does not list.
-        self._durable = {known for known in self._durable if folder not in (known, *known.parents)}
+        with self._lock:
+            self._durable = {known for known in self._durable if folder not in (known, *known.parents)}
         with store_refusals(f"deleting {folder}"):
             if folder.exists():
                 shutil.rmtree(folder)
