@@ -193,6 +193,7 @@ class Settings(ProcessSettings):
             return None
         return RelayOptions(
             self.relay,
+            self.name,
             self.relay_clients,
             self.relay_quorum,
             self.relay_deadline_s,

@@ -26,6 +26,10 @@ SPEC = AdapterSpec.of("bias", [TensorSpec("a", (4,)), TensorSpec("b", (3,), (Ten
 TENSORS = {"a": np.arange(4, dtype=np.float32)}
 
 
+def relays(version: int, run: str = RUN) -> pb.Relay:
+    return pb.Relay(run=run, version=version, client="north")
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
     monkeypatch.setattr(operator_client, "PAUSE_S", 0.01)
@@ -36,11 +40,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
 async def test_a_run_is_created_for_a_parents_run_with_its_id_and_version(served: Serving) -> None:
     config = parse_config({"model": {"name": "vit_tiny", "classes": ["cat", "dog"]}, "peft": {"method": "bias"}})
     async with OperatorClient(served.address) as client:
-        relays = pb.Relay(run=RUN, version=3)
-        run = await client.create_run(config, SPEC, "ab" * 32, TENSORS, 10, relays=relays)
+        run = await client.create_run(config, SPEC, "ab" * 32, TENSORS, 10, relays=relays(3))
         await client.create_run(config, SPEC, "ab" * 32, TENSORS, 10)
     (header, _), (other, _) = served.double.created.values()
-    assert (run.id, run.version, header.relays) == (RUN, 3, relays)
+    assert (run.id, run.version, header.relays) == (RUN, 3, relays(3))
     assert not other.HasField("relays")
 
 
@@ -51,14 +54,14 @@ async def test_a_version_is_supplied_in_chunks_and_again_after_a_break(served: S
     spec = AdapterSpec.of("bias", [TensorSpec("a", (size,)), *SPEC.tensors[1:]])
     tensors, seen = {"a": np.arange(size, dtype=np.float32)}, list[tuple[int, int]]()
     async with OperatorClient(served.address) as client:
-        run = await client.supply_version(RUN, 2, spec, tensors, progress=lambda *each: seen.append(each))
+        run = await client.supply_version(relays(2), spec, tensors, progress=lambda *each: seen.append(each))
         assert run.version == 2 and seen[-1] == (4 * size, 4 * size)
         with pytest.raises(VersionSuperseded, match="version 2"):
-            await client.supply_version(RUN, 1, SPEC, TENSORS)
+            await client.supply_version(relays(1), SPEC, TENSORS)
         with pytest.raises(RunNotFound):
-            await client.supply_version("run-b", 1, SPEC, TENSORS)
+            await client.supply_version(relays(1, "run-b"), SPEC, TENSORS)
     ((header, data),) = served.double.supplied
-    assert (header.run, header.version, data) == (RUN, 2, tensors["a"].tobytes())
+    assert (header.run, header.version, header.client, data) == (RUN, 2, "north", tensors["a"].tobytes())
     assert [(each.name, each.encoding) for each in header.manifest.tensors] == [("a", "float32")]
 
 

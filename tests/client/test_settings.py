@@ -102,9 +102,9 @@ def test_a_setting_of_another_type_is_said_without_the_name_of_a_class(tmp_path:
 
 def test_a_relay_has_a_server_in_place_of_data() -> None:
     settings = Settings.read([*RELAYING, "--relay-quorum", "3", "--relay-deadline-s", "60", "--relay-examples", "900"])
-    assert settings.data is None and settings.relaying == RelayOptions("127.0.0.1:7071", 4, 3, 60.0, 900)
+    assert settings.data is None and settings.relaying == RelayOptions("127.0.0.1:7071", "site-a", 4, 3, 60.0, 900)
     elsewhere = Settings.read([*RELAYING, "--relay", "edge.example:7070", "--insecure"])
-    assert elsewhere.relaying == RelayOptions("edge.example:7070", 4)
+    assert elsewhere.relaying == RelayOptions("edge.example:7070", "site-a", 4)
     assert Settings.read(FLAGS).relaying is None
 
 

@@ -50,18 +50,18 @@ class Edge(Federation):
         person = ["--operator", "ada", "--operator-identity", str(self.folder / "ada")]
         command("fedpeft_server", "init", "--data-dir", str(self.folder / "server"), "--port", str(self.port), *person)
 
-    def agent(self, parent: Federation, *flags: str, clients: int = 2) -> Process:
-        """Starts the agent; it ends when the parent's runs are over."""
+    def agent(self, parent: Federation, *flags: str, clients: int = 2, name: str = "") -> Process:
+        """Starts the agent, or another one under a name of its own; it ends when the parent's runs are over."""
         where = [
             "--server",
             f"127.0.0.1:{parent.port}",
             "--name",
-            self.folder.name,
+            name or self.folder.name,
             "--state-dir",
-            str(self.folder / "agent"),
+            str(self.folder / (name or "agent")),
         ]
         what = ["--relay", f"127.0.0.1:{self.port}", "--relay-clients", str(clients), "--once", *flags]
-        process = self._start("fedpeft_client", "agent", *where, *what)
+        process = self._start("fedpeft_client", name or "agent", *where, *what)
         self.clients.append(process)
         return process
 
@@ -158,6 +158,26 @@ def test_a_relay_outlives_kills_of_its_server_and_of_itself(federations: Callabl
     assert (first["updates"], second["updates"], second["examples"]) == (2.0, 2.0, 32)
     assert rounds_of(parent, run)[1]["metrics"]["train_examples"] == 32
     assert [each["clients"] for each in rounds_of(edge, run)] == 2 * [["alice", "bob"]]
+
+
+def test_a_second_agent_of_an_edge_is_refused(federations: Callable[[str], Edge]) -> None:
+    """Two clients of the parent's server with one edge behind them: its updates are counted once."""
+    parent, edge = federations("parent"), federations("edge")
+    parent.run_file.write_text(run_file(2).replace("quorum = 2", "quorum = 1").replace("300", "8"))
+    parent.server()
+    edge.server()
+    agents = [edge.agent(parent, clients=1, name=name) for name in ("north", "south")]
+    alice = edge.client("alice")
+    run = parent.create()
+    assert alice.process.wait(WAIT_S) == 0, alice.log.read_text()[-3000:]
+    assert sorted(each.process.wait(WAIT_S) for each in agents) == [0, 4]
+    assert parent.show(run)["state"] == "completed"
+    worked, refused = sorted(agents, key=lambda each: each.process.returncode)
+    (said,) = refused.events("run is declined")
+    assert "is relayed for client" in said["cause"] and "stop one of the two agents" in said["cause"]
+    (name,) = {client for each in rounds_of(parent, run) for client in each["clients"]}
+    assert worked.log.stem == name
+    assert [each["metrics"]["train_examples"] for each in rounds_of(parent, run)] == [16, 16]
 
 
 @pytest.mark.slow

@@ -339,6 +339,12 @@ async def version_made_again(world: World) -> object:
     return await supply(daemon, 2, {name: values + 1 for name, values in zeros().items()})
 
 
+async def second_agent(world: World) -> object:
+    daemon = await world.start()
+    await make(daemon, 2, zeros())
+    return await supply(daemon, 3, zeros(), client="another")
+
+
 async def sum_of_a_round_to_come(world: World) -> object:
     daemon = await world.start()
     await make(daemon, 0, zeros())
@@ -395,6 +401,7 @@ PROVOCATIONS: dict[str, Callable[[World], Awaitable[object]]] = {
     "SUM_NOT_FOUND": sum_of_a_round_to_come,
     "RUN_NOT_RELAYED": version_of_its_own,
     "RUN_RELAYED": rollback_at_an_edge,
+    "RELAY_DIFFERS": second_agent,
     "VERSION_SUPERSEDED": late_version,
     "VERSION_DIFFERS": version_made_again,
     "RUN_FINISHED": paused_after_its_end,

@@ -35,17 +35,18 @@ async def make(
         backbone_fingerprint="ab" * 32,
         manifest=wire.manifest_to_proto(manifest),
         request_id=f"relay-{run}-{version}",
-        relays=op.Relay(run=run, version=version),
+        relays=op.Relay(run=run, version=version, client="north"),
     )
     return (await edge.create_raw(header, [(0, data)])).run
 
 
-async def supply(edge: Daemon, version: int, arrays: Arrays, run: str = RUN) -> run_pb2.Run:
+async def supply(edge: Daemon, version: int, arrays: Arrays, run: str = RUN, client: str = "north") -> run_pb2.Run:
     manifest, data = payload.encode(arrays, SPEC.shared, "float32")
 
     async def requests() -> AsyncIterator[op.SupplyVersionRequest]:
         described = wire.manifest_to_proto(manifest)
-        yield op.SupplyVersionRequest(header=op.SupplyVersionHeader(run=run, version=version, manifest=described))
+        header = op.SupplyVersionHeader(run=run, version=version, manifest=described, client=client)
+        yield op.SupplyVersionRequest(header=header)
         yield op.SupplyVersionRequest(chunk=tensor_pb2.Chunk(offset=0, data=data))
 
     return (await answered(edge.operator.SupplyVersion(requests()))).run

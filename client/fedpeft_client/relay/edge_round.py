@@ -19,7 +19,16 @@ from typing import Any
 from fedpeft.adapters.payload import Decoded, Manifest
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.api.round_parts import folded
-from fedpeft.errors import ConfigInvalid, FedpeftError, RunNotFound, SpecInvalid, TrainingFailed, VersionDiffers
+from fedpeft.errors import (
+    ConfigInvalid,
+    FedpeftError,
+    RelayDiffers,
+    RequestIdReused,
+    RunNotFound,
+    SpecInvalid,
+    TrainingFailed,
+    VersionDiffers,
+)
 from fedpeft.formatting import counted
 from fedpeft.process.logs import Log
 from fedpeft.process.mapped_files import mapped, releaser
@@ -95,7 +104,7 @@ class EdgeRound:
         """Returns the description of the sum, once it is on disk.
 
         Raises:
-            ConfigInvalid: If the edge's server does not take the run.
+            ConfigInvalid: If the edge's server does not take the run, or works for another client of the parent's.
             TrainingFailed: If there will be no sum, if the server has been away for `Timing.relay_away_s`, or if it is
                 to stop.
         """
@@ -121,8 +130,10 @@ class EdgeRound:
                     self._log.warning("the edge's server is away; it is called again", cause=str(error))
                 elif now - self._failing_since >= self._timing.relay_away_s:
                     raise private(error, self._log) from None
-            except (ConfigInvalid, SpecInvalid) as error:
+            except (ConfigInvalid, RelayDiffers, SpecInvalid) as error:
                 raise ConfigInvalid(f"the edge's server does not take the run: {error.message}") from None
+            except RequestIdReused:
+                self._log.warning("another agent has made the run at the edge meanwhile")
             except TrainingFailed:
                 raise
             except FedpeftError as error:
@@ -165,7 +176,7 @@ class EdgeRound:
         """
         ours = self._request
         try:
-            self._run = await server.supply_version(ours.run.id, ours.version, ours.run.spec, self._tensors())
+            self._run = await server.supply_version(self._relays(), ours.run.spec, self._tensors())
         except VersionDiffers as error:
             self._log.error("the edge's run is paused: its version is not the parent's", cause=error.message)
             if self._run.state == run_pb2.RUN_STATE_RUNNING:
@@ -184,10 +195,14 @@ class EdgeRound:
             ours.run.fingerprint,
             self._tensors(),
             ours.run.message.model_parameters,
-            relays=pb.Relay(run=ours.run.id, version=ours.version),
+            relays=self._relays(),
         )
         self._log.info("run is created at the edge", version=ours.version, clients=config.rounds.clients)
         return run
+
+    def _relays(self) -> pb.Relay:
+        ours = self._request
+        return pb.Relay(run=ours.run.id, version=ours.version, client=self._options.client)
 
     def _tensors(self) -> Decoded:
         data = mapped(self._request.adapter)

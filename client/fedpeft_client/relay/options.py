@@ -39,6 +39,7 @@ class RelayOptions:
 
     Attributes:
         server: HOST:PORT of the edge's server.
+        client: Id of this agent at the parent's server.
         clients: Clients whose updates a round of the edge wants.
         quorum: Fewest updates that its sum is made of at its deadline; None for the run file's default.
         deadline_s: Seconds from its opening to its deadline; None for what follows from the parent's.
@@ -47,6 +48,7 @@ class RelayOptions:
     """
 
     server: str
+    client: str
     clients: int
     quorum: int | None = None
     deadline_s: float | None = None

@@ -58,21 +58,21 @@ class RelayCalls(ABC):
         """Fills `file` from where it ends, as often as it takes, and checks its digest."""
 
     async def supply_version(
-        self, run: str, version: int, spec: AdapterSpec, tensors: Tensors, *, progress: Progress = silent
+        self, relays: pb.Relay, spec: AdapterSpec, tensors: Tensors, *, progress: Progress = silent
     ) -> run_pb2.Run:
         """Uploads a version of the parent's run, after which the run's round after it begins; returns the run.
 
         Nothing but its description is sent of a version that the run has already.
 
         Args:
-            run: The run, which has the parent's id.
-            version: The version's number.
+            relays: The parent's run, which has the same id here, the version's number, and the parent's client.
             spec: Every tuned tensor.
             tensors: Float32 by name, at least `spec.shared`.
             progress: Called after each chunk.
 
         Raises:
             RunNotRelayed: If the run makes its versions itself.
+            RelayDiffers: If it is relayed for another client of the parent's server.
             VersionSuperseded: If it has a later one.
             VersionDiffers: If it has another one of this number.
         """
@@ -80,7 +80,10 @@ class RelayCalls(ABC):
         from fedpeft.rpc import wire
 
         manifest, data = payload.encode(tensors, spec.shared, "float32")
-        header = pb.SupplyVersionHeader(run=run, version=version, manifest=wire.manifest_to_proto(manifest))
+        described = wire.manifest_to_proto(manifest)
+        header = pb.SupplyVersionHeader(
+            run=relays.run, version=relays.version, manifest=described, client=relays.client
+        )
         return (await self._upload(self._stub.SupplyVersion, pb.SupplyVersionRequest, header, data, progress)).run
 
     async def download_sum(

@@ -44,6 +44,7 @@
     │   ├── UpdateExcluded        the update was received and not folded; it goes into the residual
     │   ├── RunNotRelayed         the run makes its versions itself
     │   ├── RunRelayed            a parent's server makes its versions
+    │   ├── RelayDiffers          a second agent works for an edge
     │   ├── VersionSuperseded     a parent's version came after a later one
     │   ├── VersionDiffers        a parent made a version again, of other content
     │   ├── RunFinished
@@ -204,6 +205,7 @@ from fedpeft.errors.preconditions import (
     NoAuthority,
     NotRegistered,
     ProtocolMismatch,
+    RelayDiffers,
     RoundClosed,
     RunFinished,
     RunNotFinished,
@@ -277,6 +279,7 @@ __all__ = [
     "ProgressInvalid",
     "ProtocolMismatch",
     "RefusedByPolicy",
+    "RelayDiffers",
     "RequestIdReused",
     "ResourceExhausted",
     "RoleMayNot",

@@ -39,6 +39,10 @@ class RunNotRelayed(FailedPrecondition):
     """The run makes its versions itself, and is not the part of a parent's run."""
 
 
+class RelayDiffers(FailedPrecondition):
+    """The run is relayed for another client of the parent's server."""
+
+
 class RunRelayed(FailedPrecondition):
     """The run is the part of a parent's run, which makes its versions."""
 

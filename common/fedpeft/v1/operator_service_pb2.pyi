@@ -116,19 +116,25 @@ class Relay(_message.Message):
 
     RUN_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Id of the parent's run. The new run gets the same one, from which its clients' seeds derive."""
     version: _builtins.int
     """The parent's version that the first adapter is: the run begins with the round after it."""
+    client: _builtins.str
+    """Id of the client of the parent's server that sends the sums. A run is relayed for one: were there two, the same updates
+    would be counted twice.
+    """
     def __init__(
         self,
         *,
         run: _builtins.str = ...,
         version: _builtins.int = ...,
+        client: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "run", b"run", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -764,10 +770,13 @@ class SupplyVersionHeader(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Id of the run."""
     version: _builtins.int
     """The version's number, which is the parent's."""
+    client: _builtins.str
+    """Id of the client of the parent's server that sends the sums."""
     @_builtins.property
     def manifest(self) -> _tensor_pb2.Manifest:
         """All tensors that are local in no round, dense float32."""
@@ -778,10 +787,11 @@ class SupplyVersionHeader(_message.Message):
         run: _builtins.str = ...,
         version: _builtins.int = ...,
         manifest: _tensor_pb2.Manifest | None = ...,
+        client: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "run", b"run", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "manifest", b"manifest", "run", b"run", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

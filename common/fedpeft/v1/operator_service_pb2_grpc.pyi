@@ -109,6 +109,7 @@ class OperatorServiceStub:
       INVALID_ARGUMENT     MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
       FAILED_PRECONDITION  RUN_FINISHED         completed or stopped
       FAILED_PRECONDITION  RUN_NOT_RELAYED      the run makes its versions itself
+      FAILED_PRECONDITION  RELAY_DIFFERS        the run is relayed for another client of the parent
       FAILED_PRECONDITION  VERSION_SUPERSEDED   the run has a later version
       FAILED_PRECONDITION  VERSION_DIFFERS      the run has this version, with another digest of its payload
       DATA_LOSS            CHECKSUM_MISMATCH
@@ -305,6 +306,7 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT     MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
           FAILED_PRECONDITION  RUN_FINISHED         completed or stopped
           FAILED_PRECONDITION  RUN_NOT_RELAYED      the run makes its versions itself
+          FAILED_PRECONDITION  RELAY_DIFFERS        the run is relayed for another client of the parent
           FAILED_PRECONDITION  VERSION_SUPERSEDED   the run has a later version
           FAILED_PRECONDITION  VERSION_DIFFERS      the run has this version, with another digest of its payload
           DATA_LOSS            CHECKSUM_MISMATCH

@@ -37,8 +37,10 @@ def drawn_id() -> str:
     return "run-" + "".join(secrets.choice(_ALPHABET) for _ in range(12))
 
 
-def stored_version(store: Store, key: str, run: RunRow, manifest: Manifest, version: int) -> VersionRow:
+def stored_version(store: Store, key: str, run: RunRow, manifest: Manifest, version: int, draw: str = "") -> VersionRow:
     """Stores an uploaded payload, which is in the spool under `key`, as the file of an adapter version.
+
+    `draw` names it where another caller may store a file of the same version.
 
     Raises:
         BlobCorrupt: If the payload is not what was uploaded.
@@ -47,8 +49,8 @@ def stored_version(store: Store, key: str, run: RunRow, manifest: Manifest, vers
     with store.updates.open(key, manifest.sha256) as data, TemporaryDirectory(dir=store.scratch) as folder:
         path, tensors = Path(folder, "adapter"), payload.Decoded(manifest, data, releaser(data))
         written = write_version(run_header(run), tensors, path, version)
-        store.blobs.put(version_key(run.id, version), path)
-    return VersionRow(run.id, version, written.sha256, written.size_bytes, "", time.time())
+        store.blobs.put(version_key(run.id, version, draw=draw), path)
+    return VersionRow(run.id, version, written.sha256, written.size_bytes, "", time.time(), draw=draw)
 
 
 def new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
@@ -94,6 +96,7 @@ def new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
         model_parameters=header.model_parameters,
         request_id=header.request_id,
         request_digest=digest,
+        relay=header.relays.client,
     )
     size = run_message(run, "", {}).ByteSize()
     if size > RUN_BYTES:
@@ -130,6 +133,9 @@ def _relayed(header: pb.CreateRunHeader, config: RunConfig) -> tuple[str, int] |
     if not ids.RUN.fullmatch(run):
         text = "must be 1 to 64 letters, digits, underscores or hyphens"
         raise ConfigInvalid(f"relays.run {text}", (("relays.run", text),))
+    if not ids.CLIENT.fullmatch(header.relays.client):
+        text = "must be the id of a client of the parent's server"
+        raise ConfigInvalid(f"relays.client {text}", (("relays.client", text),))
     if version >= config.rounds.count:
         text = f"is {version}; the run has {config.rounds.count} rounds, so none begins with it"
         raise ConfigInvalid(f"relays.version {text}", (("relays.version", text),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, suppress
 from functools import partial
@@ -75,12 +76,12 @@ class Operator(pb_grpc.OperatorServiceServicer):
         known = await self._store.transact(self._store.db.run_by_request, header.request_id)
         if known:
             return await self._repeated(known, run)
-        key = creation_key(run.id)  # of its own: another call may bring the same request at the same time
+        draw = secrets.token_hex(8) if run.relay else ""  # no other has the id, unless that is a parent's run
+        key = creation_key(run.id, draw)  # of its own: another call may bring the same request at the same time
         await self._uploads.create(key, manifest, context)
+        stored = partial(stored_version, self._store, key, run, manifest, run.version, draw)
         try:
-            engine = await self._runs.create(
-                run, partial(stored_version, self._store, key, run, manifest, run.version), actor()
-            )
+            engine = await self._runs.create(run, stored, actor(), draw)
         except RequestIdReused:
             known = await self._store.transact(self._store.db.run_by_request, header.request_id)
             if known is None:

@@ -11,6 +11,7 @@ from fedpeft.errors import (
     BlobCorrupt,
     ManifestInvalid,
     OffsetOutOfRange,
+    RelayDiffers,
     RunNotRelayed,
     SumNotFound,
     VersionDiffers,
@@ -57,11 +58,19 @@ class Relaying:
 
         Raises:
             RunNotFound: If there is no such run.
-            VersionDiffers: If the run has another version of this number.
+            RelayDiffers: If the run is relayed for another client of that server.
+            VersionDiffers: If it has another version of this number.
             FedpeftError: As `RunEngine.supply` and `Uploads.create`.
         """
         header: pb.SupplyVersionHeader = await first_header(requests)
         engine = await self._relayed(header.run)
+        relay = engine.run.relay
+        if relay not in (header.client, ""):  # empty where an older server made the run
+            raise RelayDiffers(
+                f"{header.run} is relayed for client {relay} of the parent's server, and not for "
+                f"{header.client[:64]!r} too, or its updates would be counted twice; stop one of the two agents. If "
+                f"{relay} is gone for good, stop and delete the run here, and start the other agent again"
+            )
         try:
             manifest = manifest_from_proto(header.manifest)
             payload.check_manifest(manifest, engine.run.spec.shared, ("float32",))

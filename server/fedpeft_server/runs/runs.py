@@ -123,14 +123,16 @@ class Runs:
             await engine.close()
 
     @shielded
-    async def create(self, run: RunRow, first: Callable[[], VersionRow], by: str) -> RunEngine:
-        """Adds a run that `by` asks for; `first` stores its adapter version 0, and is undone if it cannot be added.
+    async def create(self, run: RunRow, first: Callable[[], VersionRow], by: str, draw: str = "") -> RunEngine:
+        """Adds a run that `by` asks for; `first` stores its first version, and is undone if it cannot be added.
+
+        `draw` names the file of that version where another call may add a run of the same id.
 
         The upload of that version is removed once it is known what became of the run: until then it tells the next
         start of the server that something of it may be left.
 
         Raises:
-            RequestIdReused: If a run of the same request was added meanwhile.
+            RequestIdReused: If a run of the same request, or id, was added meanwhile.
             DatabaseUnavailable: If it may have been added or not; then all files of it stay.
         """
         try:
@@ -140,11 +142,10 @@ class Runs:
             )
             await self._store.transact(self._store.db.create_run, run, version, (audit_event,))
         except Exception as error:
-            if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._is_written(run.id)):
-                await self._store.version(self._store.forget_run, run.id, ())
-                await self._store.version(self._store.updates.remove_all, (creation_key(run.id),))
+            if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._is_written(run, draw)):
+                await self._store.version(self._store.forget_creation, run.id, run.version, draw)
                 raise
-        await self._store.version(self._store.updates.remove_all, (creation_key(run.id),))
+        await self._store.version(self._store.updates.remove_all, (creation_key(run.id, draw),))
         return self._begin(run)
 
     @shielded
@@ -400,17 +401,17 @@ class Runs:
             self.show_backlog(self._engines[run])
             self.watchers.announce(run)
 
-    async def _is_written(self, run_id: str) -> bool:
+    async def _is_written(self, run: RunRow, draw: str) -> bool:
         """Returns True if a run is in the database, because its transaction may have been made and the answer lost.
 
         Raises:
             FedpeftError: If that cannot be found out; its version must stay.
         """
         try:
-            await self._store.transact(self._store.db.run, run_id)
-        except RunNotFound:
+            version = await self._store.transact(self._store.db.version, run.id, run.version)
+        except (RunNotFound, VersionNotFound):
             return False
-        return True
+        return version.draw == draw
 
     def _begin(self, run: RunRow, current: Round | None = None) -> RunEngine:
         """Returns the engine of a new run, made unless a repetition of its request was there first."""

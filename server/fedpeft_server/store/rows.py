@@ -40,6 +40,7 @@ class RunRow:
         request_id: The caller's id of the CreateRun call; may be empty.
         request_digest: Digest of what that call asked for; may be empty.
         revision: Number of transitions so far.
+        relay: Client of the parent's server for which it is relayed; empty for all others.
     """
 
     id: str
@@ -54,6 +55,7 @@ class RunRow:
     request_id: str = ""
     request_digest: str = ""
     revision: int = 0
+    relay: str = ""
 
 
 class Retention(StrEnum):
@@ -74,7 +76,8 @@ class VersionRow:
     """A stored adapter version. Digests are hexadecimal; `state_sha256` is empty if the strategy keeps no state.
 
     `source` is the earlier version that a rollback made it of; None for all others. `draw` names the file of a fold
-    that drew noise; empty for all others. `retention` says whether its files are there.
+    that drew noise, or of the first version of a relayed run; empty for all others. `retention` says whether its files
+    are there.
     """
 
     run: str

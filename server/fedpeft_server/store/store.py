@@ -47,7 +47,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound=Closable)
 
-_CREATION, _SUPPLY = "create-", "supply-"
+_CREATION, _RELAYED, _SUPPLY = "create-", "relay-", "supply-"
 
 COMPUTE_THREADS = 4
 """Threads that check uploads and sync them; all of it releases the interpreter's lock. A receipt waits for nothing
@@ -297,6 +297,14 @@ class Store:
         self.download_cache.forget(run_id)
         self.blobs.delete_prefix(f"runs/{run_id}/")
 
+    def forget_creation(self, run_id: str, version: int, draw: str) -> None:
+        """Removes the files of a run that could not be added; other files of its id where no other may have made it."""
+        if draw:
+            self.blobs.delete((version_key(run_id, version, draw=draw),))
+        else:
+            self.forget_run(run_id, ())
+        self.updates.remove_all((creation_key(run_id, draw),))
+
     def sweep(self, runs: Collection[str], tickets: Collection[str]) -> None:
         """Removes what a process that was killed left behind; for the start of the server.
 
@@ -310,8 +318,8 @@ class Store:
         for key in self.spool.tickets():
             if key.startswith(_SUPPLY):
                 self.updates.remove_all((key,))
-            if key.startswith(_CREATION):
-                run = key.removeprefix(_CREATION)
+            if key.startswith((_CREATION, _RELAYED)):
+                run = key.removeprefix(_CREATION) if key.startswith(_CREATION) else key.split("-", 2)[2]
                 if run not in runs:
                     self.forget_run(run, ())
                 self.updates.remove_all((key,))
@@ -343,9 +351,9 @@ def _tell_failure(done: Future[Any]) -> None:
         log.error("cannot close or remove a file", exc_info=error)
 
 
-def creation_key(run_id: str) -> str:
-    """Returns what the upload of a new run's first version is called in the spool."""
-    return _CREATION + run_id
+def creation_key(run_id: str, draw: str = "") -> str:
+    """Returns the name in the spool of the upload of a new run's first version, whose file `draw` names."""
+    return f"{_RELAYED}{draw}-{run_id}" if draw else _CREATION + run_id
 
 
 def supply_key(run_id: str) -> str:

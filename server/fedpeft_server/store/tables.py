@@ -55,6 +55,8 @@ runs = Table(
     Column("revision", BigInteger, nullable=False, server_default="0"),
     # The first version on which no retention has decided yet.
     Column("retained_from", Integer, nullable=False, server_default="1"),
+    # The client of the parent's server for which the run is relayed; empty for all others.
+    Column("relay", String(64), nullable=False, server_default=""),
 )
 
 # The daemon that folds the rounds of a run, until a time on the database's clock; whoever takes it raises the epoch.
@@ -78,7 +80,8 @@ versions = Table(
     Column("created_at", Double, nullable=False),
     # The earlier version that a rollback made it of. Null where it was folded, and in rows that older servers wrote.
     Column("source", Integer, nullable=True),
-    # Names the file of a fold that drew noise; empty where a round is folded to the same bytes every time.
+    # Names the file of a fold that drew noise, or of the first version of a relayed run, which two callers may create
+    # at the same time; empty where the same bytes are made every time.
     Column("draw", String(16), nullable=False, server_default=""),
     # `rows.Retention`; empty where nothing was decided, or the version is kept.
     Column("retention", String(8), nullable=False, server_default=""),

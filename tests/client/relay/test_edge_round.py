@@ -16,7 +16,16 @@ from structlog.testing import capture_logs
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest
 from fedpeft.api import operator_client
-from fedpeft.errors import ConfigInvalid, Draining, FedpeftError, RoleMayNot, TrainingFailed, VersionDiffers
+from fedpeft.errors import (
+    ConfigInvalid,
+    Draining,
+    FedpeftError,
+    RelayDiffers,
+    RequestIdReused,
+    RoleMayNot,
+    TrainingFailed,
+    VersionDiffers,
+)
 from fedpeft.process import logs
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
@@ -59,7 +68,7 @@ class Relay:
     ) -> pb.DownloadSumHeader:
         manifest = self._adapter()
         wanted = RoundRequest(self.run, number, manifest, self.folder / "adapter", self.folder / "sum")
-        options = RelayOptions(self.address, 2)
+        options = RelayOptions(self.address, "north", 2)
         return await EdgeRound(Edge(options, timing), options, wanted, self.said.append, stop, logs.logger()).collect()
 
     def _adapter(self) -> Manifest:
@@ -85,7 +94,7 @@ async def test_a_run_that_the_edge_does_not_know_is_created_from_the_version(ser
     found = await relay.collect()
     assert (found.examples, (relay.folder / "sum").read_bytes()) == (64, SUM)
     ((header, data),) = served.double.created.values()
-    assert header.relays == pb.Relay(run="run-a", version=1)
+    assert header.relays == pb.Relay(run="run-a", version=1, client="north")
     assert np.array_equal(np.frombuffer(data, "<f4"), np.arange(10))
     assert (header.config.rounds.policy, header.config.rounds.clients) == ("relayed", 2)
     assert header.config.rounds.deadline_s == 75.0
@@ -161,6 +170,11 @@ async def test_a_version_that_the_parent_made_again_pauses_the_edges_run(
             ConfigInvalid,
             "the edge's server does not take the run: rounds",
         ),
+        (
+            RelayDiffers("run-a is relayed for client south"),
+            ConfigInvalid,
+            "does not take the run: run-a is relayed for",
+        ),
         (RoleMayNot("viewer noto may not"), TrainingFailed, "its server fails with ROLE_MAY_NOT; the log of"),
     ],
 )
@@ -172,6 +186,13 @@ async def test_a_refusal_is_an_error_of_the_run_or_of_its_training_and_not_of_th
         await relay.collect()
     assert "noto" not in str(caught.value)
     assert error is ConfigInvalid or "noto" in lines[-1]["cause"]
+
+
+async def test_a_run_that_another_agent_makes_meanwhile_is_looked_at_again(served: Serving, relay: Relay) -> None:
+    served.double.failures["CreateRun"] = [RequestIdReused("run-a is here already")]
+    served.double.script = [seen(a_run("run-a", version=1), a_round(2))]
+    assert (await relay.collect()).examples == 64
+    assert served.double.asked.count("GetRun") == 2
 
 
 async def test_a_server_that_is_away_is_called_again_for_a_while(served: Serving, relay: Relay) -> None:

@@ -17,7 +17,7 @@ from fedpeft_client.relay.options import RelayOptions
 from fedpeft_client.relay.rules import edge_config, reasons_against
 from fedpeft_client.state.runs import KnownRun
 
-OPTIONS = RelayOptions("127.0.0.1:7071", 4, quorum=3)
+OPTIONS = RelayOptions("127.0.0.1:7071", "north", 4, quorum=3)
 SPEC = AdapterSpec.of("bias", [TensorSpec("a", (10,))])
 EXACT = {"aggregation": {"exact_sum": True}}
 

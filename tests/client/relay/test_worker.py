@@ -35,7 +35,7 @@ print(json.dumps(sorted({"torch", "timm", "torchvision"} & set(sys.modules))))
 
 
 def opening(server: str, **more: Any) -> dict[str, Any]:
-    relay = RelayOptions(server, 2, **more).as_json()
+    relay = RelayOptions(server, "edge", 2, **more).as_json()
     logged = {"log_format": "json", "verbose": False, "client": "edge"}
     return {"op": "open", "data": None, "relay": relay, "policy": {}, **logged}
 

@@ -164,20 +164,54 @@ async def test_a_version_is_known_by_its_content_too(start: StartDaemon, tmp_pat
     assert await refused(supply(second, 2, zeros())) == "VERSION_DIFFERS"
 
 
+async def test_a_run_is_relayed_for_one_client_of_the_parent(start: StartDaemon, tmp_path: Path) -> None:
+    """Two agents of one edge would each send the same sum, and each would be counted."""
+    first = await start(tmp_path / "edge")
+    await make(first, 0, zeros())
+    await first.end()
+    daemon = await start(tmp_path / "edge")
+    for version in (0, 1):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await supply(daemon, version, zeros(), client="north-2")
+        assert "is relayed for client north of the parent's server, and not for 'north-2'" in str(
+            caught.value.details()
+        )
+    assert (await daemon.run(RUN)).version == 0
+    assert (await supply(daemon, 1, zeros())).version == 1
+
+
+async def test_a_creation_that_comes_too_late_leaves_the_run_as_it_is(daemon: Daemon) -> None:
+    """Two agents of an edge, or one beside an ordinary run: a refused creation once removed the files of the run."""
+    made = await asyncio.gather(
+        *(make(daemon, 0, zeros(), made=edges(count=count)) for count in (3, 4)), return_exceptions=True
+    )
+    (run,) = [each for each in made if isinstance(each, run_pb2.Run)]
+    clients = list(enumerate(await daemon.clients("a", "b")))
+    await train(clients, 1)
+    await committed(daemon, 1)
+    kept = await sum_of(daemon, 1)
+    assert await refused(make(daemon, 1, zeros())) == "REQUEST_ID_REUSED"
+    assert (await daemon.adapter(RUN, 0)).keys() == zeros().keys() and await sum_of(daemon, 1) == kept
+    assert (await daemon.run(RUN)).config.rounds.count == run.config.rounds.count
+    own = (await daemon.create(parents(), request_id="own")).id
+    assert await refused(make(daemon, 0, zeros(), own)) == "REQUEST_ID_REUSED"
+    assert (await daemon.adapter(own, 0)).keys() == zeros().keys()
+
+
 async def test_a_version_that_is_here_is_not_sent_again(daemon: Daemon) -> None:
     """The server answers a client that has begun to send 64 MiB of it."""
     spec = AdapterSpec.of("bias", [TensorSpec("a", (2**24,))])
     there, other = ({"a": np.full(2**24, value, np.float32)} for value in (1.0, 2.0))
     sent: list[int] = []
     async with OperatorClient(daemon.server.settings.listen) as relay:
-        await relay.create_run(edges(), spec, "ab" * 32, there, 2**24, relays=op.Relay(run=RUN, version=1))
-        assert (
-            await relay.supply_version(RUN, 1, spec, there, progress=lambda done, _: sent.append(done))
-        ).version == 1
+        await relay.create_run(edges(), spec, "ab" * 32, there, 2**24, relays=op.Relay(run=RUN, version=1, client="a"))
+        first, second = (op.Relay(run=RUN, version=version, client="a") for version in (1, 2))
+        run = await relay.supply_version(first, spec, there, progress=lambda done, _: sent.append(done))
+        assert run.version == 1
         assert max(sent) < 2**26
         with pytest.raises(VersionDiffers):
-            await relay.supply_version(RUN, 1, spec, other)
-        assert (await relay.supply_version(RUN, 2, spec, other)).version == 2
+            await relay.supply_version(first, spec, other)
+        assert (await relay.supply_version(second, spec, other)).version == 2
 
 
 async def test_a_restart_goes_on_where_it_stood(start: StartDaemon, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def insert_run(connection: Connection, run: RunRow) -> None:
             model_parameters=run.model_parameters,
             request_id=run.request_id or None,
             request_digest=run.request_digest,
+            relay=run.relay,
         )
     )
 
@@ -239,4 +240,5 @@ def _run(row: Row[Any]) -> RunRow:
         request_id=row.request_id or "",
         request_digest=row.request_digest,
         revision=row.revision,
+        relay=row.relay,
     )
