@@ -183,6 +183,7 @@ class Settings(ProcessSettings):
         given = {name: value for name, value in said.items() if value != fields[name].default}
         relaying.check_together(self.data, self.relay, given)
         if self.relay is not None:
+            relaying.check_address(self.relay, self.server)
             relaying.check_identity(self.relay, self.relay_identity, insecure=self.insecure)
         return self
 

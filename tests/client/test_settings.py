@@ -100,6 +100,20 @@ def test_a_setting_of_another_type_is_said_without_the_name_of_a_class(tmp_path:
         Settings.read([*FLAGS[:4], *FLAGS[6:], "--config", str(file)])
 
 
+@pytest.mark.parametrize(
+    ("server", "relay"),
+    [
+        ("127.0.0.1:8080", "127.0.0.1:8080"),
+        ("127.0.0.1:8080", "localhost:8080"),
+        ("edge.example:70", "edge.example.:70"),
+    ],
+)
+def test_a_relay_does_not_work_for_the_server_that_it_relays(server: str, relay: str) -> None:
+    flags = [*RELAYING, "--server", server, "--relay", relay, "--insecure"]
+    with pytest.raises(SettingsInvalid, match="is the server that this client is a client of"):
+        Settings.read(flags)
+
+
 def test_a_relay_has_a_server_in_place_of_data() -> None:
     settings = Settings.read([*RELAYING, "--relay-quorum", "3", "--relay-deadline-s", "60", "--relay-examples", "900"])
     assert settings.data is None and settings.relaying == RelayOptions("127.0.0.1:7071", "site-a", 4, 3, 60.0, 900)

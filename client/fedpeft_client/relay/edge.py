@@ -7,11 +7,22 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
 from fedpeft.api.operator_client import OperatorClient
-from fedpeft.errors import DiskFull, FedpeftError, LocalError, TrainingFailed, Unavailable
+from fedpeft.errors import (
+    DiskFull,
+    FedpeftError,
+    IdentityInvalid,
+    LocalError,
+    PermissionDenied,
+    RunNotFound,
+    TrainingFailed,
+    Unauthenticated,
+    Unavailable,
+)
 from fedpeft.identity import certificates
 from fedpeft.identity.folder import Identity
 from fedpeft.process.logs import Log
 from fedpeft_client.relay.options import RelayOptions
+from fedpeft_client.relay.rules import POLICY
 from fedpeft_client.timing import TIMING, Timing
 
 AWAY = (DiskFull, Unavailable)
@@ -50,13 +61,45 @@ class Edge:
             yield server
 
     async def look(self, log: Log) -> None:
-        """Asks whether the server is there, and logs it if not, or if it does not let this relay in."""
+        """Asks whether the server is there and lets this relay in; one that does not answer is logged, for it may yet.
+
+        Raises:
+            IdentityInvalid: If it does not let it in, or if the identity cannot be used.
+            CertificateExpired: If its certificate has ended.
+        """
+        server = self._options.server
         try:
-            async with self.connected(attempts=1) as server:
-                server.timeout_s = self.timing.relay_look_s
-                await server.runs()
+            async with self._looking() as called:
+                await called.runs()
+            log.info("the edge's server answers", server=server)
+        except (PermissionDenied, Unauthenticated) as error:
+            raise IdentityInvalid(
+                f"the edge's server {server} does not let this relay in: {error.message}; --relay-identity names the "
+                "identity of an operator of it"
+            ) from None
+        except LocalError:
+            raise
+        except FedpeftError as error:
+            log.warning("the edge's server does not answer as it should", server=server, cause=str(error))
+
+    async def makes_versions_of(self, run: str, log: Log) -> bool:
+        """Returns True if a parent's run is the server's own: it is that parent; False if it does not answer."""
+        try:
+            async with self._looking() as called:
+                found, _ = await called.run(run)
+        except RunNotFound:
+            return False
         except FedpeftError as error:
             log.warning("the edge's server does not answer as it should", server=self._options.server, cause=str(error))
+            return False
+        return found.config.rounds.policy != POLICY
+
+    @asynccontextmanager
+    async def _looking(self) -> AsyncIterator[OperatorClient]:
+        """Opens a connection for calls on which nothing depends: they are made once, and not waited for long."""
+        async with self.connected(attempts=1) as server:
+            server.timeout_s = self.timing.relay_look_s
+            yield server
 
 
 def private(error: FedpeftError, log: Log) -> TrainingFailed:

@@ -108,6 +108,20 @@ def check_together(data: Path | None, relay: str | None, given: Mapping[str, Any
         raise ValueError(f"--relay-quorum {quorum} is more than --relay-clients {clients}")
 
 
+def check_address(relay: str, server: str) -> None:
+    """Checks that the edge's server is not the parent's, as far as their addresses say that.
+
+    Raises:
+        ValueError: If both are the same.
+    """
+    edge, parent = Address.parse(relay), Address.parse(server)
+    if edge == parent or (edge.is_loopback and parent.is_loopback and edge.port == parent.port):
+        raise ValueError(
+            f"--relay {relay} is the server that this client is a client of; name the edge's own server, which has "
+            "clients of its own"
+        )
+
+
 def check_identity(relay: str, folder: Path | None, *, insecure: bool) -> None:
     """Checks as whom the edge's server is called.
 

@@ -12,9 +12,10 @@ import structlog
 from google.protobuf import json_format
 
 from fedpeft.api.operator_client import FINISHED
-from fedpeft.errors import FedpeftError, RunNotFound
+from fedpeft.errors import ConfigInvalid, FedpeftError, RunNotFound
 from fedpeft.rpc import wire
 from fedpeft.v1 import tensor_pb2
+from fedpeft_client.eligibility.rules import Reason
 from fedpeft_client.owner.policy import Policy
 from fedpeft_client.relay.edge import Edge
 from fedpeft_client.relay.edge_round import EdgeRound, RoundRequest
@@ -41,7 +42,12 @@ class RelayWorker:
         self._edge = Edge(self._options)
 
     def hello(self) -> Message:
-        """Returns what a relay says of itself: no torch, methods or data of its own."""
+        """Returns what a relay says of itself: no torch, methods or data of its own.
+
+        Raises:
+            IdentityInvalid: If the edge's server does not let it in.
+        """
+        asyncio.run(self._edge.look(_log))
         return {
             "torch": "",
             "device": "relay of an edge",
@@ -54,8 +60,11 @@ class RelayWorker:
         """Returns why a run does not suit a relay; a server of the edge that is away is no reason against it."""
         run = KnownRun.from_json(request["run"], of_sums=True)
         reasons = reasons_against(run, self._options, self._policy)
-        if not reasons:
-            asyncio.run(self._edge.look(_log))
+        if not reasons and asyncio.run(self._edge.makes_versions_of(run.id, _log)):
+            fault = (
+                f"--relay {self._options.server} is the run's own server; name that of the edge, with its own clients"
+            )
+            reasons = (Reason.of(ConfigInvalid(fault), "the relay is set to work for this server itself"),)
         return {
             "reasons": [reason.as_json() for reason in reasons],
             "report": {} if reasons else {"examples": self._options.examples or 0},

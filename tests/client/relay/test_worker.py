@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.errors import IdentityInvalid
+from fedpeft.errors import CertificateRevoked, FedpeftError, IdentityInvalid, RoleMayNot
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.subject import Role
 from fedpeft.process import logs
@@ -60,9 +60,20 @@ def test_it_loads_no_torch() -> None:
     assert hello["result"]["device"] == "relay of an edge" and modules == []
 
 
-async def test_it_says_what_it_is(worker: WorkerProcess) -> None:
+async def test_it_says_what_it_is(served: Serving, worker: WorkerProcess) -> None:
     hello = await worker.start()
-    flags = ["--server", NOBODY, "--name", "edge", "--state-dir", "s", "--relay", NOBODY, "--relay-clients", "2"]
+    flags = [
+        "--server",
+        NOBODY,
+        "--name",
+        "edge",
+        "--state-dir",
+        "s",
+        "--relay",
+        served.address,
+        "--relay-clients",
+        "2",
+    ]
     said = registration(Settings.read(flags), hello).capabilities
     assert (said.device, said.examples, list(said.methods)) == ("relay of an edge", 900, [])
     assert said.software.startswith("fedpeft ") and "torch" not in said.software and "sum128" in said.encodings
@@ -78,6 +89,41 @@ async def test_an_edge_that_is_away_is_no_reason_against_a_run() -> None:
         assert not await end_at_edge(worker, "run-a", "stopped"), "it is to be tried again"
     finally:
         await worker.close()
+
+
+async def test_it_says_at_its_start_whether_the_edges_server_answers(
+    served: Serving, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for server in (served.address, NOBODY):
+        worker = WorkerProcess(opening(server), logs.logger())
+        await worker.start()
+        await worker.close()
+    there, away = (json.loads(line) for line in capfd.readouterr().err.splitlines() if "edge's server" in line)
+    assert (there["event"], there["server"]) == ("the edge's server answers", served.address)
+    assert (away["level"], away["server"]) == ("warning", NOBODY)
+
+
+@pytest.mark.parametrize("refusal", [RoleMayNot("viewer ada may not"), CertificateRevoked("operator ada was revoked")])
+async def test_it_ends_at_its_start_where_the_edges_server_does_not_let_it_in(
+    served: Serving, refusal: FedpeftError
+) -> None:
+    served.double.failures["ListRuns"] = [refusal]
+    worker = WorkerProcess(opening(served.address), logs.logger())
+    with pytest.raises(
+        IdentityInvalid, match=f"{served.address} does not let this relay in: .* ada .*--relay-identity"
+    ):
+        await worker.start()
+    await worker.close()
+
+
+async def test_it_does_not_relay_a_run_to_its_own_server(served: Serving, worker: WorkerProcess) -> None:
+    parents = known(**EXACT)
+    served.double.runs = {parents.id: a_run(parents.id)}
+    declined = await worker.ask({"op": "check", "run": parents.as_json()})
+    (reason,) = declined["reasons"]
+    assert "is the run's own server" in reason["here"] and not declined["report"]
+    served.double.runs[parents.id].config.rounds.policy = "relayed"
+    assert not (await worker.ask({"op": "check", "run": parents.as_json()}))["reasons"]
 
 
 async def test_a_run_that_is_over_is_stopped_at_the_edge(served: Serving, worker: WorkerProcess) -> None:
