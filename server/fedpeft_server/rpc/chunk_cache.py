@@ -1,4 +1,4 @@
-"""Chunks on their way to clients: those of a round pull side by side, so one read serves them all."""
+"""Chunks on their way to clients: those of a round pull side by side, so one read, and one message, serves them all."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Hashable
 from contextlib import suppress
 from functools import partial
 
-from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft.v1 import tensor_pb2
+from fedpeft.rpc import chunk_messages
 from fedpeft_server.store.blobs.open_file import LateFile
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import succeeded
@@ -17,7 +16,7 @@ from fedpeft_server.tasks import succeeded
 CHUNKS = 16
 """Chunks kept in memory."""
 
-_Reading = asyncio.Future[pb.PullAdapterResponse]
+_Reading = asyncio.Future[bytes]
 _Key = tuple[Hashable, int, int]
 """Source, offset and length."""
 
@@ -33,8 +32,8 @@ class ChunkCache:
         self._store = store
         self._readings: OrderedDict[_Key, _Reading] = OrderedDict()
 
-    async def get(self, source: Hashable, file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:
-        """Returns the chunk of `length` bytes at `offset` of a source, which `file` holds.
+    async def get(self, source: Hashable, file: LateFile, offset: int, length: int) -> bytes:
+        """Returns the message with the chunk of `length` bytes at `offset` of a source, which `file` holds.
 
         A source is named by the digest of a payload and the selection of its tensors; the clients of a round pull few.
 
@@ -63,6 +62,5 @@ class ChunkCache:
         if not succeeded(reading) and self._readings.get(key) is reading:
             del self._readings[key]
 
-    async def _read(self, file: LateFile, offset: int, length: int) -> pb.PullAdapterResponse:
-        data = await self._store.read_file(file, offset, length)
-        return pb.PullAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
+    async def _read(self, file: LateFile, offset: int, length: int) -> bytes:
+        return chunk_messages.write(offset, await self._store.read_file(file, offset, length))

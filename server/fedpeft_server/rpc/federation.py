@@ -192,9 +192,9 @@ class Federation(pb_grpc.FederationServiceServicer):
             return f"it would add {would}, and the run's is {privacy.mechanism!r}; update its software"
         return ""
 
-    async def PullAdapter(
+    async def PullAdapter(  # type: ignore[override]  # bytes too
         self, request: pb.PullAdapterRequest, context: Context
-    ) -> AsyncIterator[pb.PullAdapterResponse]:
+    ) -> AsyncIterator[pb.PullAdapterResponse | bytes]:
         """Sends an adapter version."""
         client = await self._identify(context)
         _check_digest("have_sha256", request.have_sha256)

@@ -100,11 +100,16 @@ class Gate(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(serve, receive, self._encoder(handler, call))
 
     def _encoder(self, handler: Handler, call: Call) -> Callable[[Any], bytes]:
-        """Returns what makes bytes of an answer, counts them, and refuses those that no caller could receive."""
+        """Returns what makes bytes of an answer, counts them, and refuses those that no caller could receive.
+
+        A message that carries a chunk is bytes already, encoded once for all who get it.
+        """
         serialize = handler.response_serializer or bytes
 
         def encode(message: Any) -> bytes:
-            data: bytes = serialize(message)
+            data: bytes = (
+                message if isinstance(message, bytes) else serialize(message)
+            )  # a chunk is encoded once for all
             if len(data) > MESSAGE_LIMIT_BYTES:
                 name = call.short_name
                 raise AnswerTooLarge(

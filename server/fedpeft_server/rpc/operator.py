@@ -15,9 +15,10 @@ from fedpeft.errors import (
     RequestIdReused,
 )
 from fedpeft.rounds.state_machine import Round
+from fedpeft.rpc import chunk_messages
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import operator_service_pb2_grpc as pb_grpc
-from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft.v1 import run_pb2
 from fedpeft_server.access import untrusted_text
 from fedpeft_server.access.call import actor
 from fedpeft_server.rpc import pages
@@ -175,9 +176,9 @@ class Operator(pb_grpc.OperatorServiceServicer):
         await self._runs.delete(request.run, actor())
         return pb.DeleteRunResponse()
 
-    async def DownloadAdapter(
+    async def DownloadAdapter(  # type: ignore[override]  # bytes too
         self, request: pb.DownloadAdapterRequest, context: Context
-    ) -> AsyncIterator[pb.DownloadAdapterResponse]:
+    ) -> AsyncIterator[pb.DownloadAdapterResponse | bytes]:
         """Sends an adapter version as the file that is stored."""
         engine = await self._runs.with_version(request.run, request.version)
         number = request.version if request.HasField("version") else engine.run.version
@@ -195,7 +196,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
             yield pb.DownloadAdapterResponse(header=header)
             for offset, length in chunks(request.offset, row.size_bytes):
                 data = await self._store.file(file.read, offset, length)
-                yield pb.DownloadAdapterResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
+                yield chunk_messages.write(offset, data)
 
     async def SupplyVersion(
         self, request_iterator: AsyncIterator[pb.SupplyVersionRequest], context: Context
@@ -204,9 +205,9 @@ class Operator(pb_grpc.OperatorServiceServicer):
         engine = await self._relaying.supply(request_iterator, context)
         return pb.SupplyVersionResponse(run=await self._run(engine))
 
-    async def DownloadSum(
+    async def DownloadSum(  # type: ignore[override]  # bytes too
         self, request: pb.DownloadSumRequest, context: Context
-    ) -> AsyncIterator[pb.DownloadSumResponse]:
+    ) -> AsyncIterator[pb.DownloadSumResponse | bytes]:
         """Sends the sum of the updates of a round."""
         async with aclosing(self._relaying.sum_of(request)) as parts:
             async for part in parts:

@@ -20,9 +20,9 @@ from fedpeft.privacy.statement import EPSILON
 from fedpeft.rounds import record
 from fedpeft.rounds.folding.contributions import sum_manifest
 from fedpeft.rounds.policies import policies
+from fedpeft.rpc import chunk_messages
 from fedpeft.rpc.wire import manifest_from_proto, manifest_to_proto
 from fedpeft.v1 import operator_service_pb2 as pb
-from fedpeft.v1 import tensor_pb2
 from fedpeft_server.access.call import actor
 from fedpeft_server.rpc.new_runs import stored_version
 from fedpeft_server.runs.engine import RunEngine
@@ -109,7 +109,7 @@ class Relaying:
         with self._store.blobs.verified(key, version.sha256, Kind.VERSION) as path:
             return adapter_file.data_sha256(path)
 
-    async def sum_of(self, request: pb.DownloadSumRequest) -> AsyncGenerator[pb.DownloadSumResponse, None]:
+    async def sum_of(self, request: pb.DownloadSumRequest) -> AsyncGenerator[pb.DownloadSumResponse | bytes, None]:
         """Yields the sum of a round: a header, then its payload in chunks.
 
         Raises:
@@ -143,7 +143,7 @@ class Relaying:
                 yield pb.DownloadSumResponse(header=header)
                 for offset, length in chunks(request.offset, manifest.payload_bytes):
                     data = await self._store.file(file.read, offset, length)
-                    yield pb.DownloadSumResponse(chunk=tensor_pb2.Chunk(offset=offset, data=data))
+                    yield chunk_messages.write(offset, data)
         except BlobCorrupt:
             if number <= engine.run.version:  # it was removed meanwhile
                 raise SumNotFound(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from fedpeft.errors import MessageInvalid, MessageTooLarge
+from fedpeft.rpc import chunk_messages
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import CallBound
 
@@ -49,7 +50,7 @@ class Requests:
     total_bytes: int = 0
 
     def take(self, data: bytes) -> Any:
-        """Returns the next message.
+        """Returns the next message; one that carries a chunk, and is written as usual, as a `ChunkView`.
 
         Raises:
             MessageTooLarge: If it has more bytes or fields than its method takes, or the messages are many and small.
@@ -66,6 +67,8 @@ class Requests:
                 f"{self.count} messages to {self.method} have {self.total_bytes} bytes together; send chunks of at "
                 f"least {bounds.CHUNK_BYTES} bytes, better of 1 MiB"
             )
+        if self.kind is not None and _has_chunks(self.kind.DESCRIPTOR) and (chunk := chunk_messages.read(data)):
+            return chunk
         try:
             if self.kind is not None and len(data) > self.bound.elements * _LEAST_FIELD_BYTES:
                 _Count(self.method, self.bound.elements).fields(data, 0, len(data), self.kind.DESCRIPTOR, 0)
@@ -74,6 +77,12 @@ class Requests:
             name = self.kind.DESCRIPTOR.name if self.kind else "message"
             text = f"the message to {self.method} is not a {name} of protobuf: {error}"
             raise MessageInvalid(text, ((name, "is malformed"),)) from None
+
+
+@cache
+def _has_chunks(kind: Descriptor) -> bool:
+    """Returns True for the messages of a stream of chunks."""
+    return "chunk" in kind.fields_by_name
 
 
 class _Malformed(Exception):

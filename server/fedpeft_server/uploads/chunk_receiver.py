@@ -8,6 +8,7 @@ from functools import partial
 
 from fedpeft.adapters.payload import Manifest
 from fedpeft.errors import ChunkInvalid, TransferStalled, UpdateTooLarge, UploadIncomplete
+from fedpeft.rpc.chunk_messages import ChunkView
 from fedpeft.rpc.timing import STALL_S
 from fedpeft.rpc.wire import TURN_KEY
 from fedpeft_server.store.spool_writer import SpoolWriter
@@ -16,7 +17,7 @@ from fedpeft_server.tasks import ended, succeeded
 from fedpeft_server.uploads.incoming import Context, next_message
 from fedpeft_server.uploads.transfer_slots import TransferSlot
 
-Chunk = tuple[int, bytes]
+Chunk = tuple[int, bytes | memoryview]
 """Offset in the payload, and the bytes."""
 Booked = Callable[[int], None]
 """Called with the size of a chunk that was written."""
@@ -151,6 +152,8 @@ async def _next_chunk(context: Context, slot: TransferSlot | None) -> Chunk | No
         raise TransferStalled(f"nothing arrived for {STALL_S:.0f} s; continue where GetUpload says") from None
     if message is None:
         return None
+    if isinstance(message, ChunkView):
+        return message.offset, message.data
     if not message.HasField("chunk"):
         text = "is missing: only the first message of the stream may be a header"
         raise ChunkInvalid(f"a chunk {text}", (("chunk", text),))

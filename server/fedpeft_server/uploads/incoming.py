@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import grpc
 
 from fedpeft.errors import ChunkInvalid, FedpeftError, MessageInvalid, TransferStalled
+from fedpeft.rpc.chunk_messages import ChunkView
 from fedpeft.rpc.timing import STALL_S
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import ReceivingBound
@@ -32,7 +33,7 @@ async def first_header(requests: AsyncIterator[Any]) -> Any:
         ChunkInvalid: If it begins otherwise.
     """
     first = await anext(requests, None)
-    if first is None or not first.HasField("header"):
+    if first is None or isinstance(first, ChunkView) or not first.HasField("header"):
         raise ChunkInvalid("the first message of the stream must be a header", (("header", "is missing"),))
     return first.header
 

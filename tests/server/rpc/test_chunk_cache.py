@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from fedpeft.errors import StateInvalid
+from fedpeft.rpc import chunk_messages
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft_server.rpc.chunk_cache import ChunkCache
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
@@ -61,7 +62,7 @@ class TestAReadingThatFailed:
         with pytest.raises(type(fault)):
             await cache.get(DIGEST, failing.file, 2, 3)
         assert not cache._readings
-        assert (await cache.get(DIGEST, good, 2, 3)).chunk.data == b"234"
+        assert await cache.get(DIGEST, good, 2, 3) == chunk_messages.write(2, b"234")
 
     async def test_is_not_the_answer_of_a_call_that_waited_for_it(
         self, store: Store, good: LateFile, fault: Exception
@@ -74,7 +75,7 @@ class TestAReadingThatFailed:
         failing.go.set()
         with pytest.raises(type(fault)):
             await own
-        assert [(await each).chunk.data for each in waiting] == [b"234"] * 3
+        assert [await each for each in waiting] == [chunk_messages.write(2, b"234")] * 3
 
     async def test_each_call_tries_its_own_file_once(self, store: Store, fault: Exception) -> None:
         cache, files = ChunkCache(store), [Failing(fault) for _ in range(3)]
