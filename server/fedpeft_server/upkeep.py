@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from functools import partial
 
 from grpc_health.v1 import health_pb2
@@ -79,7 +78,7 @@ class Upkeep:
         self._parts.caller_log.log_suppressed()
 
     async def _purge_tokens(self) -> None:
-        before = time.time() - self._timing.tokens_kept_s
+        before = self._store.clock.time() - self._timing.tokens_kept_s
         await self._store.transact(self._store.db.identities.purge_tokens, before)
 
     async def _measure(self) -> None:

@@ -229,7 +229,6 @@ async def test_a_clock_that_is_set_back_only_puts_a_deadline_off(
     tasks = await asyncio.gather(a.task(), b.task())
     await a.push(tasks[0].ticket, filled(1.0))
     deadline = (await daemon.rounds(run.id))[-1].deadline.ToNanoseconds() / 1e9
-    monkeypatch.setattr("fedpeft_server.runs.engine.time", SlowClock(0.7))
     monkeypatch.setattr(daemon.server.store, "clock", SlowClock(0.7))
     done = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
     assert done.version == 1 and time.time() >= deadline + 0.7

@@ -164,7 +164,7 @@ class Access(pb_grpc.AccessServiceServicer):
             raise SubjectInvalid(f"life_s is {life_s}; it {fault}", (("life_s", fault),))
         await self._authority()
         assert self._own is not None
-        where, now = self._addresses(), time.time()
+        where, now = self._addresses(), self._store.clock.time()
         made = EnrollmentToken.make(where.server, where.enrollment, self._own.root)
         row = TokenRow(made.digest.hex(), subject, now, actor(), now + life_s)
         await self._store.transact(self._identities.add_token, row)
@@ -232,13 +232,14 @@ class Access(pb_grpc.AccessServiceServicer):
 
     @shielded
     async def _enroll(self, secret: str, public: str, issue: Issue) -> TokenRow:
-        used, row = await self._store.transact(self._identities.enroll, secret, public, time.time(), issue)
+        now = self._store.clock.time()
+        used, row = await self._store.transact(self._identities.enroll, secret, public, now, issue)
         self._admission.know(row)
         return used
 
     @shielded
     async def _restore(self, subject: Subject, by: str) -> IdentityRow:
-        row = await self._store.transact(self._identities.restore, subject, time.time(), by)
+        row = await self._store.transact(self._identities.restore, subject, self._store.clock.time(), by)
         self._admission.know(row)
         log.warning("identity restored", subject=str(subject), by=by)
         return row
@@ -248,7 +249,8 @@ class Access(pb_grpc.AccessServiceServicer):
         before = self._admission.refused_until(subject)
         self._admission.revoke(subject)
         try:
-            row = await self._store.transact(self._identities.revoke, subject, time.time(), reason, by, unseen=unseen)
+            now = self._store.clock.time()
+            row = await self._store.transact(self._identities.revoke, subject, now, reason, by, unseen=unseen)
         except DatabaseUnavailable:  # it may be written: refusing somebody in vain is the smaller harm
             log.error("whether an identity is revoked is unknown; it is refused until a restart", subject=str(subject))
             raise
@@ -263,7 +265,8 @@ class Access(pb_grpc.AccessServiceServicer):
     @shielded
     async def _leave(self, subject: Subject, reason: str, spared: asyncio.Task[object] | None) -> int:
         """Revokes a subject at its own wish; `spared` is the task of its call. Returns how many tickets were open."""
-        row = await self._store.transact(self._identities.revoke, subject, time.time(), reason, str(subject), left=True)
+        now = self._store.clock.time()
+        row = await self._store.transact(self._identities.revoke, subject, now, reason, str(subject), left=True)
         self._admission.know(row)
         self._admission.revoke(subject, sparing=spared)
         log.warning("client left the federation", subject=str(subject), reason=reason)

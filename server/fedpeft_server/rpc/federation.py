@@ -165,7 +165,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         await self._runs.look_up(request.run)
         if accepted and (unable := self._unable(client, request)):
             accepted, reasons = False, (unable,)
-        answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, request.examples, time.time())
+        now = self._store.clock.time()
+        answer = AnswerRow(request.run, client, accepted, () if accepted else reasons, request.examples, now)
         await self._runs.answer(answer, actor())
         if self._sessions.role(client) == "evaluator":
             engine = self._runs.get(answer.run)
@@ -308,9 +309,9 @@ class Federation(pb_grpc.FederationServiceServicer):
         if not _SPLIT.fullmatch(split):
             fault = "must be 1 to 64 of lower-case letters, digits, '_' and '-'"
             raise MetricsInvalid(f"split {split[:80]!r} {fault}", (("split", fault),))
-        metrics = dict(request.metrics)
+        metrics, now = dict(request.metrics), self._store.clock.time()
         put = self._store.db.put_evaluation
-        await self._store.transact(put, engine.run.id, request.version, client, split, metrics, time.time())
+        await self._store.transact(put, engine.run.id, request.version, client, split, metrics, now)
         self._sessions.scored(client, (engine.run.id, request.version))
         await self._runs.scoring.scored(engine.run.id, client, request.version)
         self._runs.show_backlog(engine)
@@ -329,7 +330,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         if request.metrics:
             fault = "come with a failure, which says that there are none"
             raise MetricsInvalid(f"metrics {fault}", (("metrics", fault),))
-        failure = FailedEvaluation(run, version, client, untrusted_text.reason(request.failure), time.time())
+        reason, now = untrusted_text.reason(request.failure), self._store.clock.time()
+        failure = FailedEvaluation(run, version, client, reason, now)
         await self._runs.scoring.failed(failure)
         self._sessions.scored(client, (run, version))
         self._runs.show_backlog(engine)

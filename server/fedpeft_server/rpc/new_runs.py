@@ -6,7 +6,6 @@ import hashlib
 import re
 import secrets
 import string
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -50,11 +49,14 @@ def stored_version(store: Store, key: str, run: RunRow, manifest: Manifest, vers
         path, tensors = Path(folder, "adapter"), payload.Decoded(manifest, data, releaser(data))
         written = write_version(run_header(run), tensors, path, version)
         store.blobs.put(version_key(run.id, version, draw=draw), path)
-    return VersionRow(run.id, version, written.sha256, written.size_bytes, "", time.time(), draw=draw)
+    return VersionRow(run.id, version, written.sha256, written.size_bytes, "", store.clock.time(), draw=draw)
 
 
-def new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
-    """Checks the description of a new run, before any byte of its adapter is taken; returns it, and its first version.
+def new_run(header: pb.CreateRunHeader, now: float) -> tuple[RunRow, Manifest]:
+    """Checks the description of a run that is made now, before any byte of its adapter is taken.
+
+    Returns:
+        The run, and its first version.
 
     Raises:
         ConfigInvalid: If a field is wrong, or parts of the run do not go together.
@@ -92,7 +94,7 @@ def new_run(header: pb.CreateRunHeader) -> tuple[RunRow, Manifest]:
         state=RunState.RUNNING,
         reason="",
         version=version,
-        created_at=time.time(),
+        created_at=now,
         model_parameters=header.model_parameters,
         request_id=header.request_id,
         request_digest=digest,

@@ -73,7 +73,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
     ) -> pb.CreateRunResponse:
         """Takes adapter version 0 and begins a run with it."""
         header: pb.CreateRunHeader = await first_header(request_iterator)
-        run, manifest = await self._store.compute(new_run, header)
+        run, manifest = await self._store.compute(new_run, header, self._store.clock.time())
         known = await self._store.transact(self._store.db.run_by_request, header.request_id)
         if known:
             return await self._repeated(known, run)

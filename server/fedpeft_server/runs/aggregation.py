@@ -126,12 +126,12 @@ def aggregate(
             raise
         if not policies.get(run.config.rounds.policy_name).makes_versions:
             store.blobs.put(sum_key(run.id, number), Path(scratch, "sum"), outcome.made.sha256)
-            return Result(outcome, time.time(), None)
+            return Result(outcome, store.clock.time(), None)
         draw = secrets.token_hex(8) if central_of(run.config) else ""
         if outcome.state_sha256:
             store.blobs.put(state_key(run.id, number, draw=draw), Path(scratch, "state"), outcome.state_sha256)
         store.blobs.put(version_key(run.id, number, draw=draw), Path(scratch, "adapter"), outcome.made.sha256)
-    now, adapter = time.time(), outcome.made
+    now, adapter = store.clock.time(), outcome.made
     made = adapter.sha256, adapter.size_bytes, outcome.state_sha256, now
     return Result(outcome, now, VersionRow(run.id, number, *made, draw=draw))
 
@@ -222,7 +222,7 @@ def go_back(
             adapter_file.check_digest(copy, state.sha256)
             store.blobs.put(state_key(run.id, number, source.version), copy, state.sha256)
         store.blobs.put(version_key(run.id, number, source.version), Path(scratch, "adapter"))
-    now, adapter = time.time(), outcome.made
+    now, adapter = store.clock.time(), outcome.made
     facts = adapter.sha256, adapter.size_bytes, outcome.state_sha256, now, source.version
     return Result(outcome, now, VersionRow(run.id, number, *facts))
 

@@ -6,7 +6,6 @@ Its actor orders the commands, and makes the transitions.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager, suppress
@@ -296,7 +295,7 @@ class RunEngine:
         said = (AuditEvent(by, "client.readmitted", self.run.id, {"client": client}),)
 
         async def decide(status: RunStatus) -> Transition:
-            same = changes(status, status, self.run.config.rounds, time.time())
+            same = changes(status, status, self.run.config.rounds, self._store.clock.time())
             return Transition(same, conducts=good, audit_events=said)
 
         await self.actor.call(lambda: self.actor.transit(decide))
@@ -384,7 +383,7 @@ class RunEngine:
         self._moved = asyncio.Event()
         run, current, follow = self.run, self.round, effects(before, self.actor.status)
         if here:  # else the server that made the transition has counted and logged it
-            self._round_log.entered(before.round, current)
+            self._round_log.entered(before.round, current, self._store.clock.time())
         else:  # of these clients alone it is not good
             conducts = {**dict.fromkeys(self._participation.conducts(run.id), conduct.GOOD), **conducts}
             if before.round.number != current.number or follow.ended:
@@ -396,7 +395,7 @@ class RunEngine:
                 self._versioned(run.id)
         self._arm_timer()
         if follow.issued:
-            self.opened = time.time()
+            self.opened = self._store.clock.time()
             self._issued(run.id, follow.issued)
             for ticket in follow.issued:
                 (self._lobby.wake_sampled if here else self._lobby.wake)(ticket.client)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import structlog
@@ -31,25 +30,25 @@ class RoundLog:
         self._reopened = 0, 0.0
         """Number of the last round that opened again, because none of its updates could be folded, and when."""
 
-    def entered(self, before: Round, new: Round) -> None:
-        """Says, and counts, that a round is open, is being folded, or has a later deadline."""
+    def entered(self, before: Round, new: Round, now: float) -> None:
+        """Says, and counts, that a round is open, is being folded, or has a later deadline, since now."""
         if new.phase is not before.phase and new.phase in (Phase.OPEN, Phase.AGGREGATING):
             self._log.info(f"round {new.phase}", round=new.number, clients=[t.client for t in new.tickets])
             if new.phase is Phase.AGGREGATING:
-                self._closed(before, new)
+                self._closed(before, new, now)
             elif before.phase is Phase.AGGREGATING:
-                self._reopened = new.number, time.time()
+                self._reopened = new.number, now
         elif new.extensions > before.extensions:
             awaited = [t.client for t in new.in_state(TicketState.ISSUED)]
             self._metrics.rounds.labels(self._run, "extended").inc()
             self._log.warning("round extended", round=new.number, extensions=new.extensions, awaited=awaited)
 
-    def _closed(self, before: Round, new: Round) -> None:
+    def _closed(self, before: Round, new: Round, now: float) -> None:
         """Counts the tickets that are late since now, and the time since the round opened, or opened again."""
         late = new.tickets.number(TicketState.LATE) - before.tickets.number(TicketState.LATE)
         self._metrics.updates.labels(self._run, "late").inc(late)
         number, at = self._reopened
-        since, now = at if number == new.number else new.opened_at, time.time()
+        since = at if number == new.number else new.opened_at
         if since:
             self._metrics.round_seconds.labels(self._run, "open").observe(now - since)
             tracing.past("open", self._run, new.number, since, now, sampled=[t.client for t in new.tickets])

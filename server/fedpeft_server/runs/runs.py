@@ -377,8 +377,8 @@ class Runs:
 
     def why(self, engine: RunEngine, *, for_operator: bool = False) -> str:
         """Returns a sentence on what a run waits for; an operator is told of clients that hang or are slow, too."""
-        run, answers = engine.run.id, self.participation
-        facts = engine, len(self.matching.ready(run)), answers.declined_by(run), answers.awaited(run)
+        run, answers, now = engine.run.id, self.participation, self._store.clock.time()
+        facts = engine, now, len(self.matching.ready(run)), answers.declined_by(run), answers.awaited(run)
         if not for_operator:
             return self._reasons.of(*facts)
         found = self.progress.awaited(engine, NAMED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from types import MappingProxyType
@@ -21,12 +20,18 @@ _NOBODY: Mapping[str, str] = MappingProxyType({})
 
 
 def awaited(
-    engine: RunEngine, ready: int, declined: int = 0, unanswered: Sequence[str] = (), ill: Mapping[str, str] = _NOBODY
+    engine: RunEngine,
+    now: float,
+    ready: int,
+    declined: int = 0,
+    unanswered: Sequence[str] = (),
+    ill: Mapping[str, str] = _NOBODY,
 ) -> str:
     """Returns a sentence about a run.
 
     Args:
         engine: The run.
+        now: Time on the database's clock.
         ready: Clients that wait and take part in it.
         declined: Clients that declined it; why is for the operator alone.
         unanswered: Clients that have not answered its offer.
@@ -45,7 +50,7 @@ def awaited(
         if config.available > ready >= config.least_available:
             there += "; it opens without the others if they do not come soon"
         elif current.deadline:
-            there += f"; in {duration(max(0.0, current.deadline - time.time()))} the run is paused if no more come"
+            there += f"; in {duration(max(0.0, current.deadline - now))} the run is paused if no more come"
         return f"round {current.number} of {run.id} waits for clients: {there}{_others(declined, unanswered)}"
     if current.phase is Phase.AGGREGATING:
         return f"round {current.number} of {run.id} is being folded"
@@ -53,7 +58,7 @@ def awaited(
     well = (t for t in current.tickets if t.state is TicketState.ISSUED and t.client not in ill)
     names += (_with_version(current, each) for each in islice(well, max(0, NAMED - len(names))))
     out = current.tickets.number(TicketState.ISSUED)
-    left = f", {max(0, round(current.deadline - time.time()))} s to the deadline" if current.deadline else ""
+    left = f", {max(0, round(current.deadline - now))} s to the deadline" if current.deadline else ""
     has, free = "", "replacements"
     if not policies.get(config.policy_name).one_version:
         free = "clients that are free"
@@ -74,7 +79,7 @@ class Reasons:
     def __init__(self) -> None:
         self._made: dict[str, tuple[tuple[object, ...], str]] = {}
 
-    def of(self, engine: RunEngine, ready: int, declined: int, unanswered: Sequence[str]) -> str:
+    def of(self, engine: RunEngine, now: float, ready: int, declined: int, unanswered: Sequence[str]) -> str:
         """Returns the sentence about a run; the arguments are those of `awaited`."""
         facts = (
             engine.run,
@@ -83,11 +88,11 @@ class Reasons:
             declined,
             len(unanswered),
             tuple(unanswered[:NAMED]),
-            int(time.time()),
+            int(now),
         )
         made = self._made.get(engine.run.id)
         if made is None or made[0] != facts:
-            made = self._made[engine.run.id] = facts, awaited(engine, ready, declined, unanswered)
+            made = self._made[engine.run.id] = facts, awaited(engine, now, ready, declined, unanswered)
         return made[1]
 
     def forget(self, run: str) -> None:

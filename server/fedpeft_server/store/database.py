@@ -1,11 +1,10 @@
 """The database: every method is one transaction, and what it wrote is durable when it returns.
 
-Synchronous, and called from one thread; the SQL is in `run_queries`, `round_queries` and `client_queries`.
+Synchronous, and called from one thread; the SQL is in `store.queries`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -78,6 +77,7 @@ class Database:
 
     Attributes:
         transactions: Its transactions; the audit log is read from it.
+        clock: The time on its clock.
         identities: The part that says who may speak.
         retention: The part that says which versions have files.
     """
@@ -85,6 +85,7 @@ class Database:
     def __init__(self, url_or_engine: str | Engine, timing: Timing) -> None:
         engine = connect(url_or_engine, timing) if isinstance(url_or_engine, str) else url_or_engine
         self.transactions = Transactions(engine, timing)
+        self.clock = self.transactions.clock
         self.identities = Identities(self.transactions)
         self.retention = VersionRetention(self.transactions)
         self._transaction = self.transactions.begin
@@ -261,7 +262,8 @@ class Database:
         """
         with self._reading() as connection:
             found = [run_queries.select_run(connection, run_id)] if run_id else run_queries.select_runs(connection)
-            return [(run, _in_progress(run, rounds.select_newest(connection, run.id))) for run in found]
+            now = self.clock.time()
+            return [(run, _in_progress(run, rounds.select_newest(connection, run.id), now)) for run in found]
 
     def conducts(self, run_id: str, clients: Sequence[str] | None = None) -> dict[str, Conduct]:
         """Returns how clients, or all, used their last tickets of a run; nothing of those that never answered."""
@@ -491,8 +493,8 @@ class Database:
             return client_queries.select_clients(connection)
 
 
-def _in_progress(run: RunRow, newest: Round | None) -> Round:
+def _in_progress(run: RunRow, newest: Round | None, now: float) -> Round:
     """Returns the round that a run is in; one that nobody was sampled for is not in the database."""
     if newest is None:
         return Round(run.id, run.version + 1)
-    return in_progress(newest, run.version, run.config.rounds, time.time(), active=run.state in ACTIVE)
+    return in_progress(newest, run.version, run.config.rounds, now, active=run.state in ACTIVE)

@@ -18,7 +18,6 @@ from fedpeft.errors import DatabaseLocked, DiskFull
 from fedpeft.process.mounts import file_bytes, tree_bytes
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.tickets import TicketState
-from fedpeft_server.clock import DatabaseClock
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.integrity import Corruption, Integrity
@@ -104,12 +103,12 @@ class Store:
         self._folder = folder
         self._timing = timing
         self.keep_updates = keep_updates
-        self.clock = DatabaseClock()
         try:
             self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}", timing)
         except DiskFull as error:
             raise DiskFull(f"{'--database' if database else f'--data-dir {folder}'}: {error.message}") from None
-        self.db.transactions.wait_at_most(0)  # `call` waits, and keeps the database's thread free meanwhile
+        self.db.transactions.wait_at_most(0)  # `transact` waits, and keeps the database's thread free meanwhile
+        self.clock = self.db.clock
         files, flag = Integrity(tell), "--blobs" if blobs else "--data-dir"
         self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache", flag, files)
         self.places = [self.blobs]

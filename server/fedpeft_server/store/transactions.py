@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -14,6 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, FedpeftError
 from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
+from fedpeft_server.clock import DatabaseClock
 from fedpeft_server.store.connection import readers, reading, translated
 from fedpeft_server.store.notices.notices import Notices
 from fedpeft_server.store.queries import audit as audit_queries
@@ -37,12 +37,14 @@ class Transactions:
         engine: For the one that writes.
         notices: Tells other daemons what transactions change.
         readers: For those that only read, each on a connection of its own.
+        clock: The time on the database's clock.
         unavailable: True if the newest transaction but those that only read failed because the database was.
     """
 
     def __init__(self, engine: Engine, timing: Timing) -> None:
         self.engine = engine
         self.notices = Notices(engine.dialect.name)
+        self.clock = DatabaseClock()
         self._timing = timing
         self._where = engine.url.render_as_string(hide_password=True)
         # The newest entry, None where it must be read: before the first one, and after a failure, when what was
@@ -188,7 +190,7 @@ class Transactions:
         audit_queries.lock(connection)
         previous = None if self.notices.are_heard else self._head
         previous = previous or audit_queries.select_last(connection)
-        entry = audit.entry(previous, time.time(), event.actor, event.action, event.object, event.details)
+        entry = audit.entry(previous, self.clock.time(), event.actor, event.action, event.object, event.details)
         try:
             audit_queries.insert_entry(connection, entry)
         except IntegrityError:

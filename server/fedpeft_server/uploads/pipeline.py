@@ -7,7 +7,6 @@ minutes keeps nobody from the receipt, because a client that asks again joins th
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -319,7 +318,8 @@ class Uploads:
         except PayloadInvalid:
             self._store.updates.remove_all((header.ticket,))
             raise
-        return UpdateRow(header.ticket, header.examples, norm, dict(header.metrics), writer.manifest, time.time())
+        now = self._store.clock.time()
+        return UpdateRow(header.ticket, header.examples, norm, dict(header.metrics), writer.manifest, now)
 
 
 def _finish(writer: SpoolWriter) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_server import clock as database_clock
-from fedpeft_server.runs import aggregation, engine
+from fedpeft_server.runs import aggregation
 from fedpeft_server.store.store import Store
 from fedpeft_server.timing import TIMING
 
@@ -18,7 +18,7 @@ from .two_servers import Clock, Cluster
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (database_clock, engine, aggregation):
+    for module in (database_clock, aggregation):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

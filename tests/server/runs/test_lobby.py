@@ -134,12 +134,12 @@ async def test_a_reason_is_made_once_for_all_who_wait(daemon: Daemon, monkeypatc
         return f"reason {made}"
 
     monkeypatch.setattr(waiting, "awaited", counted)
-    monkeypatch.setattr(waiting.time, "time", lambda: 1000.0)
+    monkeypatch.setattr(daemon.server.store.clock, "time", lambda: 1000.0)
     runs._reasons.forget(run)
     assert {runs.why(engine) for _ in range(1000)} == {"reason 1"}
     runs.participation.mark_offered(run, "a")
     assert runs.why(engine) == "reason 2"
-    monkeypatch.setattr(waiting.time, "time", lambda: 1001.0)
+    monkeypatch.setattr(daemon.server.store.clock, "time", lambda: 1001.0)
     assert runs.why(engine) == "reason 3", "it names the seconds to the deadline"
 
 

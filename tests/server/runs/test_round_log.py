@@ -26,10 +26,12 @@ class Driven:
         self.metrics = Metrics()
         self.log = RoundLog(RUN, self.metrics)
         self.round: Round = opened(clients=clients)
+        self.now = 2000.0
 
     def take(self, event: Event) -> None:
-        new, _ = advance(self.round, event, RULES, 2000.0)
-        self.log.entered(self.round, new)
+        self.now += 1.0
+        new, _ = advance(self.round, event, RULES, self.now)
+        self.log.entered(self.round, new, self.now)
         self.round = new
 
     def receive_two(self) -> None:
