@@ -1,4 +1,4 @@
-"""Whatever a daemon writes or shows is by the database's clock, though its machine's clock is another."""
+"""The times that a daemon writes or shows are by the database's clock, though its machine's clock is another."""
 
 from __future__ import annotations
 
