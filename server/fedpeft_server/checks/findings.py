@@ -10,6 +10,9 @@ from typing import Any
 from fedpeft import formatting
 from fedpeft.formatting import counted
 
+READABLE = "make it readable, and check again"
+"""Cure of a file that may be well, but could not be read."""
+
 
 class Level(StrEnum):
     """Weight of a finding."""

@@ -8,7 +8,7 @@ from fedpeft.api.verification import check_records
 from fedpeft.errors import BlobCorrupt, FedpeftError
 from fedpeft.rounds.policies import policies
 from fedpeft.rounds.record import Record
-from fedpeft_server.checks.findings import Report
+from fedpeft_server.checks.findings import READABLE, Report
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.queries import whole
@@ -79,7 +79,7 @@ def _check_file(file: BlobFile, cure: str, blobs: Blobs, report: Report) -> None
     except BlobCorrupt:
         report.fault(key, f"this {kind} is missing", cure)
     except FedpeftError as error:
-        report.fault(key, error.message, "make it readable, and check again")
+        report.fault(key, error.message, READABLE)
     else:
         if found != sha256:
             report.fault(key, f"this {kind} has sha256 {found}; {sha256} is recorded", cure)

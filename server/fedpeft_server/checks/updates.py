@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedpeft.errors import BlobCorrupt, FedpeftError
 from fedpeft.process import durable
-from fedpeft_server.checks.findings import Report
+from fedpeft_server.checks.findings import READABLE, Report
 from fedpeft_server.store import spool
 from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.blobs import Blobs
@@ -28,10 +28,15 @@ def check_updates(database: Database, folder: Path, bucket: Blobs | None, report
         name = f"{ticket}.{sha256}.update"
         what = f"update of {client} for {run} ({folder / name})"
         here = (folder / name).is_file() and name not in damaged
-        if not here and not (bucket and _is_whole(bucket, ticket, sha256)):
+        try:
+            there = bucket is not None and _is_whole(bucket, ticket, sha256)
+        except FedpeftError as error:
+            report.fault(update_key(ticket, sha256), error.message, READABLE)
+            continue
+        if not here and not there:
             found = damaged.get(name, "it is missing")
             report.fault(what, f"it is received, and not folded yet; {found}", ASKED)
-        elif bucket is not None and here and not _is_whole(bucket, ticket, sha256):
+        elif bucket is not None and not there:
             report.fault(update_key(ticket, sha256), "it is missing or corrupt in the object store", ASKED)
         elif name in damaged:
             report.note(what, damaged[name], "none is needed: the object store has it whole")
@@ -77,6 +82,4 @@ def _is_whole(bucket: Blobs, ticket: str, sha256: str) -> bool:
     try:
         return bucket.digest(update_key(ticket, sha256)) == sha256
     except BlobCorrupt:
-        return False
-    except FedpeftError:
         return False

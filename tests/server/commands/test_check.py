@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.errors import SettingsInvalid, StateInvalid
+from fedpeft.errors import SettingsInvalid, StateInvalid, StoreUnavailable
 from fedpeft.rounds.state_machine import ticket_id
 from fedpeft_server.commands import check
+from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.store import state_key, version_key
 
 from ..conftest import Daemon, StartDaemon, config, filled
@@ -203,7 +204,7 @@ async def test_a_server_that_runs_is_not_checked(start: StartDaemon, tmp_path: P
 
 
 async def test_updates_and_versions_in_a_bucket(
-    start: StartDaemon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    start: StartDaemon, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = {"blobs": f"file://{tmp_path}/versions", "updates": f"file://{tmp_path}/updates"}
     daemon = await start(tmp_path / "data", **places)
@@ -215,6 +216,17 @@ async def test_updates_and_versions_in_a_bucket(
     stopped.update().unlink()
     assert checked(capsys, stopped.folder, *flags) == (0, []), "the bucket has it"
     (copy,) = (p for p in (tmp_path / "updates").rglob("*") if p.is_file())
+    with monkeypatch.context() as patch:
+        digest = Blobs.digest
+
+        def refusing(blobs: Blobs, key: str) -> str:
+            if key.startswith("updates/"):
+                raise StoreUnavailable("reading it failed: slow down")
+            return digest(blobs, key)
+
+        patch.setattr(Blobs, "digest", refusing)
+        code, ((_, _, found, cure),) = checked(capsys, stopped.folder, *flags)
+        assert (code, found, cure) == (1, "reading it failed: slow down", "make it readable, and check again")
     flip(copy)
     code, ((_, what, found, _),) = checked(capsys, stopped.folder, *flags)
     assert (code, found) == (1, "it is received, and not folded yet; it is missing") and "alice" in what
