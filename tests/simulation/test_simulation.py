@@ -47,6 +47,18 @@ def test_a_repetition_has_the_same_bytes_whatever_the_order_of_clients(tmp_path,
     assert not same(tensors(tmp_path / "first")[1], tensors(tmp_path / "other")[1])
 
 
+def test_the_norm_of_an_update_is_measured_once(tmp_path, folders, monkeypatch):
+    measured, squared_norm = [], payload.squared_norm
+
+    def counted(manifest, data, release=None):
+        measured.append(manifest.sha256)
+        return squared_norm(manifest, data, release)
+
+    monkeypatch.setattr(payload, "squared_norm", counted)
+    simulate(config(), clients(folders), tmp_path)
+    assert len(measured) == len(set(measured)) == 2 * 3
+
+
 @pytest.mark.parametrize("method", ["bias", "lora", "vera"])
 def test_it_is_plain_fedavg_bit_for_bit(tmp_path, folders, method):
     settings, names = config(method, rounds={"count": 3, "clients": 4, "seed": 7}), clients(folders)

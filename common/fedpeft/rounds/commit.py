@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import BinaryIO
 
 from fedpeft.adapters import adapter_file
 from fedpeft.adapters.adapter_file import AdapterInfo, Written
-from fedpeft.adapters.payload import Manifest, Tensors, squared_norm
+from fedpeft.adapters.payload import Manifest, Tensors
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.aggregation import Strategy, UpdateFacts, strategy
 from fedpeft.config import RunConfig
@@ -28,6 +27,7 @@ from fedpeft.privacy.events import Event
 from fedpeft.privacy.round_privacy import round_privacy_of
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.process.mapped_files import releaser
+from fedpeft.rounds.acceptance import norm_of
 from fedpeft.rounds.folding.contributions import Contribution, Overflow
 from fedpeft.rounds.folding.fold import State, fold_sums, fold_tensors
 from fedpeft.rounds.policies import policies
@@ -89,10 +89,10 @@ class Update:
 
     @cached_property
     def norm(self) -> float:
-        """The Euclidean norm of the decoded update."""
+        """The Euclidean norm of the decoded update; of a sum of several, that of their mean."""
         if self.measured is not None:
             return self.measured
-        return math.sqrt(squared_norm(self.manifest, self.payload, releaser(self.payload)))
+        return norm_of(self.manifest, self.payload, self.examples, releaser(self.payload))
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,8 @@ class Versions:
                 a.metrics,
                 a.manifest,
                 mapped(self.spool(t.id)),
-                staleness=book.round.staleness(t),
+                a.norm,
+                book.round.staleness(t),
             )
             for t, a in book.counted
         ]
