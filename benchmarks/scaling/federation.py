@@ -295,11 +295,17 @@ def needs(s: Scenario, load: Load, daemons: int) -> dict[str, float]:
 
 
 def daemons_for(s: Scenario, load: Load) -> dict[str, int]:
-    """Returns the daemons that each resource asks for; the largest is needed."""
+    """Returns the daemons that each resource asks for; the largest is needed.
+
+    Raises:
+        ValueError: If no number of daemons is enough, because each hears of every device.
+    """
     by_waiting = math.ceil(load.present / s.waiting)
-    by_cores = 1
-    while needs(s, load, by_cores)["cores"] / by_cores > s.busy:
-        by_cores += 1
+    alone = needs(s, load, 1)
+    shared, each = alone["cores"] - alone["cores_seats"], alone["cores_seats"]
+    if each >= s.busy:
+        raise ValueError(f"no number of daemons is enough: each needs {each:.2f} cores to hear of the devices")
+    by_cores = math.ceil(shared / (s.busy - each))
     by_transfers = math.ceil(max(load.pulls, load.uploads) * transfer_s(s) / s.transfers)
     return {"waiting": by_waiting, "cores": by_cores, "transfers": by_transfers}
 

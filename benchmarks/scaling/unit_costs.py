@@ -57,6 +57,8 @@ from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc  # noqa: E402
 
 Measures = dict[str, float]
 Read = Callable[[], Measures]
+MOTO = HERE.parents[1] / ".venv-s3" / "bin" / "moto_server"
+STARTED_S = 60.0
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true"}
 
 SETTLE_S = 8.0
@@ -212,14 +214,16 @@ def processor(chosen: Any) -> Any:
 
 
 @contextmanager
-def s3(folder: Path) -> Iterator[tuple[str, Callable[[], Counter[str]]]]:
+def s3(folder: Path, program: Path = MOTO) -> Iterator[tuple[str, Callable[[], Counter[str]]]]:
     """Runs moto's S3; gives the URL of a bucket, and what reads the requests so far, by method."""
-    program = HERE.parents[1] / ".venv-s3" / "bin" / "moto_server"
     address, log = free_address(), folder / "s3.log"
     with log.open("wb") as out:
         child = subprocess.Popen([program, "-H", "127.0.0.1", "-p", address.rpartition(":")[2]], stdout=out, stderr=out)
     try:
+        until = time.monotonic() + STARTED_S
         while b"Running on" not in log.read_bytes():
+            if child.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"{program} does not start: {log.read_text()}")
             time.sleep(0.1)
         os.environ.update({**S3_KEYS, "AWS_ENDPOINT": f"http://{address}"})
         request = urllib.request.Request(f"http://{address}/bucket", method="PUT", headers={"Host": "s3.amazonaws.com"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,31 @@ def test_the_page_has_the_figures_of_the_script_and_the_day_agrees_with_the_form
     for name in computed:
         assert simulated[name] == pytest.approx(computed[name], rel=0.05), name
         assert peak[name] > simulated[name]
+
+
+def test_more_than_any_number_of_daemons_can_hold_is_said(federation):
+    """Every daemon hears of each device, so a second one makes that no less: the search for their number ends."""
+    s = federation.Scenario()
+    load = federation.computed(s)
+    found = federation.daemons_for(s, replace(load, arrivals=30 * load.arrivals))["cores"]
+    cores = [
+        federation.needs(s, replace(load, arrivals=30 * load.arrivals), n)["cores"] / n for n in (found - 1, found)
+    ]
+    assert found > 1 and cores[1] <= s.busy < cores[0]
+    with pytest.raises(ValueError, match="no number of daemons"):
+        federation.daemons_for(s, replace(load, arrivals=1e6 * load.arrivals))
+
+
+def test_an_s3_that_does_not_start_is_said_with_its_log(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "scaling")
+    import unit_costs
+
+    program = tmp_path / "moto_server"
+    program.write_text("#!/bin/sh\necho no module named moto; exit 3\n")
+    program.chmod(0o755)
+    with pytest.raises(RuntimeError, match="no module named moto"), unit_costs.s3(tmp_path, program):
+        pass
 
 
 def test_the_measured_figures_of_the_page_are_those_that_are_kept(federation):
