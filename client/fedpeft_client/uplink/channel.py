@@ -32,6 +32,7 @@ from fedpeft.v1 import access_service_pb2_grpc as access_pb_grpc
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
 from fedpeft_client.timing import TIMING, Timing
+from fedpeft_client.uplink.training_progress import NONE, TrainingProgress
 from fedpeft_client.uplink.wire_checks import check_answer
 
 _OPTIONS: list[tuple[str, str | int]] = [
@@ -161,9 +162,16 @@ class Channel:
         """Asks in which state runs are."""
         return await self._call(self._line.federation.CheckRuns, request)
 
-    async def get_upload(self, ticket: str, sha256: bytes, step: int = 0, steps: int = 0) -> pb.GetUploadResponse:
-        """Asks where an upload stands, and says how many of the training's steps are done; `steps` 0 says nothing."""
-        request = pb.GetUploadRequest(ticket=ticket, sha256=sha256, step=step, steps=steps)
+    async def get_upload(self, ticket: str, sha256: bytes, progress: TrainingProgress = NONE) -> pb.GetUploadResponse:
+        """Asks where an upload stands, and says how far the training is."""
+        request = pb.GetUploadRequest(
+            ticket=ticket,
+            sha256=sha256,
+            step=progress.step,
+            steps=progress.steps,
+            updates=progress.updates,
+            updates_wanted=progress.wanted,
+        )
         return await self._call(self._line.federation.GetUpload, request)
 
     async def withdraw(self, request: pb.WithdrawRequest) -> pb.WithdrawResponse:

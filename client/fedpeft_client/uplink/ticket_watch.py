@@ -57,7 +57,7 @@ async def _until_ticket_closed(
         await asyncio.sleep(pause_s)
         pause_s = timing.ticket_check_s
         try:
-            standing = await channel.get_upload(ticket, b"", progress.step, progress.steps)
+            standing = await channel.get_upload(ticket, b"", progress)
         except FedpeftError as error:
             if isinstance(error, (FAULT, *NOT_NOW)) or error.retry_s is not None:  # no word on the ticket
                 pause_s = min(timing.ticket_check_again_s, timing.ticket_check_s)

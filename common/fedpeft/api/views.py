@@ -321,6 +321,8 @@ def client_progress_json(progress: run_pb2.ClientProgress) -> Json:
         "state": progress_state(progress),
         "step": progress.step,
         "steps": progress.steps,
+        "updates": progress.updates,
+        "updates_wanted": progress.updates_wanted,
         "seconds": round(progress.seconds, 1),
         "heard_s": round(progress.heard_s, 1),
         "moved_s": round(progress.moved_s, 1),

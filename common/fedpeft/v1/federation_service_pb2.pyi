@@ -760,6 +760,8 @@ class GetUploadRequest(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
+    UPDATES_FIELD_NUMBER: _builtins.int
+    UPDATES_WANTED_FIELD_NUMBER: _builtins.int
     ticket: _builtins.str
     """Id of the ticket."""
     sha256: _builtins.bytes
@@ -768,6 +770,12 @@ class GetUploadRequest(_message.Message):
     """Optimizer steps of this ticket that are done, 0 before the first; at most `steps`."""
     steps: _builtins.int
     """Optimizer steps that this ticket's training takes in all; 0: not said, and what was said before stands."""
+    updates: _builtins.int
+    """For the agent of an edge, which collects updates and trains nothing: those it has of `updates_wanted`. `step` and `steps`
+    are then in hundredths of an update, those of trainings under way included.
+    """
+    updates_wanted: _builtins.int
+    """Updates that the edge's round wants; 0: the client trains itself."""
     def __init__(
         self,
         *,
@@ -775,10 +783,12 @@ class GetUploadRequest(_message.Message):
         sha256: _builtins.bytes = ...,
         step: _builtins.int = ...,
         steps: _builtins.int = ...,
+        updates: _builtins.int = ...,
+        updates_wanted: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "step", b"step", "steps", b"steps", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "step", b"step", "steps", b"steps", "ticket", b"ticket", "updates", b"updates", "updates_wanted", b"updates_wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

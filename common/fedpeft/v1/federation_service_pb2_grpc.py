@@ -357,9 +357,9 @@ class FederationServiceServicer:
 
         A client that holds an open ticket and makes no call for 45 seconds, or whose step does not move for 45 seconds and
         twice the time that a step took it so far, is shown to operators as one that hangs. Nothing else follows from it: the
-        ticket stays good. A client that never says its steps is only judged by its calls.
+        ticket stays good. A client that never says its steps, or collects updates of others, is only judged by its calls.
         INVALID_ARGUMENT     DIGEST_INVALID       neither empty nor 32 bytes
-        INVALID_ARGUMENT     PROGRESS_INVALID     `step` is more than `steps`
+        INVALID_ARGUMENT     PROGRESS_INVALID     `step` is more than `steps`, or `updates` than `updates_wanted`
         NOT_FOUND            TICKET_NOT_FOUND
         PERMISSION_DENIED    TICKET_OF_ANOTHER
         """

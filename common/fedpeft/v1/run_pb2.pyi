@@ -1073,6 +1073,8 @@ class ClientProgress(_message.Message):
     USUAL_S_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    UPDATES_FIELD_NUMBER: _builtins.int
+    UPDATES_WANTED_FIELD_NUMBER: _builtins.int
     client: _builtins.str
     """The client."""
     run: _builtins.str
@@ -1100,6 +1102,10 @@ class ClientProgress(_message.Message):
     goes on once somebody has seen to it; empty if it does not. `state` says which: TRAINING with a download, UPLOADING
     with an upload.
     """
+    updates: _builtins.int
+    """For the agent of an edge: updates it has of `updates_wanted`, as it said last."""
+    updates_wanted: _builtins.int
+    """Updates that the edge's round wants; 0: the client trains itself."""
     def __init__(
         self,
         *,
@@ -1114,10 +1120,12 @@ class ClientProgress(_message.Message):
         usual_s: _builtins.float | None = ...,
         description: _builtins.str = ...,
         refused: _builtins.str = ...,
+        updates: _builtins.int = ...,
+        updates_wanted: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_usual_s", b"_usual_s", "usual_s", b"usual_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_usual_s", b"_usual_s", "client", b"client", "description", b"description", "heard_s", b"heard_s", "moved_s", b"moved_s", "refused", b"refused", "run", b"run", "seconds", b"seconds", "state", b"state", "step", b"step", "steps", b"steps", "usual_s", b"usual_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_usual_s", b"_usual_s", "client", b"client", "description", b"description", "heard_s", b"heard_s", "moved_s", b"moved_s", "refused", b"refused", "run", b"run", "seconds", b"seconds", "state", b"state", "step", b"step", "steps", b"steps", "updates", b"updates", "updates_wanted", b"updates_wanted", "usual_s", b"usual_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__usual_s: _TypeAlias = _typing.Literal["usual_s"]  # noqa: Y015
     _WhichOneofArgType__usual_s: _TypeAlias = _typing.Literal["_usual_s", b"_usual_s"]  # noqa: Y015

@@ -18,6 +18,7 @@ import structlog
 from fedpeft.errors import FedpeftError
 from fedpeft_server.background import Background
 from fedpeft_server.runs.lobby import Lobby
+from fedpeft_server.runs.progress import Report
 from fedpeft_server.runs.progress_watch import ProgressWatch
 from fedpeft_server.sharing.seats import Seat
 from fedpeft_server.store.notices.notices import Notice, Topic
@@ -91,8 +92,8 @@ class Presence:
             case Topic.ALIVE:
                 self._progress.upload_elsewhere(daemon, list(map(str, notice.keys)))
             case Topic.PROGRESS:
-                for ticket, step, steps in notice.keys:
-                    self._progress.follow_report(str(ticket), int(step), int(steps))
+                for ticket, *report in notice.keys:
+                    self._progress.follow_report(str(ticket), Report(*map(int, report)))
             case Topic.BYE:
                 self._forget(daemon)
 

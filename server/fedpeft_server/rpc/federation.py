@@ -43,7 +43,7 @@ from fedpeft_server.rpc.chunk_cache import ChunkCache
 from fedpeft_server.rpc.messages import ROLES, RUN_STATES, TICKET_STATES, run_message, timestamp
 from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.engine import RunEngine
-from fedpeft_server.runs.progress import State
+from fedpeft_server.runs.progress import Report, State
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.download_cache import Encoded
 from fedpeft_server.store.rows import AnswerRow, ClientRow, FailedEvaluation, RunRow, UpdateRow
@@ -259,7 +259,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         client = await self._identify(context)
         _check_digest("sha256", request.sha256)
         engine, ticket = await self._ticket(request.ticket, client)
-        self._runs.progress.report(ticket.id, request.step, request.steps)
+        report = Report(request.step, request.steps, request.updates, request.updates_wanted)
+        self._runs.progress.report(ticket.id, report)
         received = await self._uploads.received(ticket)
         answer = pb.GetUploadResponse(
             state=TICKET_STATES[ticket.state], run_finished=not engine.active, reason=ticket.reason

@@ -198,6 +198,8 @@ def progress_message(client: str, run: str, progress: Progress, verdict: Verdict
         usual_s=verdict.usual_s,
         description=verdict.words,
         refused=verdict.refused,
+        updates=progress.updates,
+        updates_wanted=progress.wanted,
     )
 
 

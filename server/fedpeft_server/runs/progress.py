@@ -2,7 +2,8 @@
 
 Two kinds of hanging are told apart: a client of which nothing is heard (its process is frozen, its machine or line is
 gone), and one that calls while its training stands still. A step that is honestly long is no hang: each client is
-measured by the time that its own steps take, in this ticket and in its last rounds.
+measured by the time that its own steps take, in this ticket and in its last rounds. The agent of an edge waits for
+other clients, whose own server says which of them hang; it is measured by its calls alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
+from typing import NamedTuple
 
+from fedpeft.formatting import counted
 from fedpeft_server.timing import Timing
 
 
@@ -79,6 +82,15 @@ class Refusal:
         return f"waits to {verb}, refused {_span(now - self.at)} ago: {self.cause}"
 
 
+class Report(NamedTuple):
+    """What a client says of its progress; see `Progress`."""
+
+    step: int
+    steps: int
+    updates: int = 0
+    wanted: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Progress of a client with a ticket.
@@ -87,6 +99,8 @@ class Progress:
         issued: Time at which it was given out.
         step: Steps done.
         steps: Steps in all; 0 if the client has not said.
+        updates: Updates that the agent of an edge has collected.
+        wanted: Those that it wants; 0 for a client that trains itself.
         began: Time at which the client first said how many steps there are.
         moved: Time at which `step` last moved; before that, at which there was something to be done.
         refusal: The last transfer, if it was refused for now.
@@ -98,18 +112,27 @@ class Progress:
     began: float = 0.0
     moved: float = 0.0
     refusal: Refusal | None = None
+    updates: int = 0
+    wanted: int = 0
 
     @classmethod
     def at(cls, now: float) -> Progress:
         """Returns that of a ticket that is given out now."""
         return cls(now, began=now, moved=now)
 
-    def reported(self, step: int, steps: int, now: float) -> Progress:
+    def reported(self, report: Report, now: float) -> Progress:
         """Returns the progress after the client said how far it is; a training that was begun anew may be less far."""
-        if not steps or (step, steps) == (self.step, self.steps):
+        if not report.steps or report == (self.step, self.steps, self.updates, self.wanted):
             return self
-        began = self.began if self.steps == steps and step > self.step else now
-        return replace(self, step=step, steps=steps, began=began, moved=now, refusal=None)
+        began = self.began if self.steps == report.steps and report.step > self.step else now
+        return replace(self, **report._asdict(), began=began, moved=now, refusal=None)
+
+    @property
+    def words(self) -> str:
+        """How far it is, for people; empty if it has not said."""
+        if self.wanted:
+            return f"{self.updates:,} of {counted(self.wanted, 'update')}"
+        return f"step {self.step:,} of {self.steps:,}" if self.steps else ""
 
     def step_s(self, past: Past) -> float:
         """Returns how long a step takes this client, by this ticket or by its last rounds; 0 if nobody knows."""
@@ -171,7 +194,7 @@ def judge(
     """
     seconds, moved_s = now - progress.issued, now - progress.moved
     heard_s, usual_s = now - max(heard, progress.issued), past.usual_s
-    at = f"step {progress.step:,} of {progress.steps:,}" if progress.steps else ""
+    at = progress.words
     patience_s = max(timing.stalled_s, timing.steps_missed * progress.step_s(past))
     refusal = None if uploading else progress.refusal
     late = usual_s is not None and seconds > max(timing.slow_factor * usual_s, usual_s + timing.slow_least_s)
@@ -179,7 +202,7 @@ def judge(
         state, words = State.SILENT, f"no word for {_span(heard_s)}" + (f", last at {at}" if at else "")
     elif refusal is not None:
         state, words = refusal.transfer, refusal.words(now)
-    elif progress.steps and not uploading and moved_s >= patience_s:
+    elif progress.steps and not progress.wanted and not uploading and moved_s >= patience_s:
         state, words = State.STALLED, f"{at} for {_span(moved_s)}"
     elif late and usual_s is not None:
         doing = "uploading" if uploading else at
@@ -187,6 +210,8 @@ def judge(
         words = f"slower than usual: {_span(seconds)}, usually {_span(usual_s)}" + (f", {doing}" if doing else "")
     elif uploading:
         state, words = State.UPLOADING, f"uploading, {_span(heard_s)} ago"
+    elif progress.wanted:  # it waits for others, as long as they take
+        state, words = State.TRAINING, f"training, {at}, last word {_span(heard_s)} ago"
     elif at:
         state, words = State.TRAINING, f"training, {at}, {_span(moved_s)} ago"
     else:

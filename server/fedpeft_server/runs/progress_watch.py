@@ -19,7 +19,7 @@ from fedpeft.errors import DiskFull, FedpeftError, ProgressInvalid, TransfersBus
 from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs.engine import RunEngine
-from fedpeft_server.runs.progress import NO_PAST, Past, Progress, Refusal, State, Verdict, judge
+from fedpeft_server.runs.progress import NO_PAST, Past, Progress, Refusal, Report, State, Verdict, judge
 from fedpeft_server.store.store import Store
 from fedpeft_server.timing import Timing
 
@@ -65,7 +65,7 @@ class ProgressWatch:
         self._uploading = uploading
         self._open: dict[str, _Open] = {}  # by ticket
         self._of: dict[str, set[str]] = {}  # tickets by client
-        self._reports: dict[str, tuple[int, int]] | None = None  # None where nobody asks for them
+        self._reports: dict[str, Report] | None = None  # None where nobody asks for them
         self._uploads_elsewhere: dict[str, frozenset[str]] = {}  # by daemon
         self._ill: dict[str, dict[str, State]] = {}  # run, client: those of whom there was something to say
 
@@ -76,29 +76,32 @@ class ProgressWatch:
             self._open[ticket.id] = _Open(run, ticket.client, Progress.at(now))
             self._of.setdefault(ticket.client, set()).add(ticket.id)
 
-    def report(self, ticket: str, step: int, steps: int) -> None:
+    def report(self, ticket: str, report: Report) -> None:
         """Takes what a client says of the training for its ticket; of one that is not open, nothing is kept.
 
         Raises:
-            ProgressInvalid: If it says more steps than there are.
+            ProgressInvalid: If it says more steps, or updates, than there are.
         """
-        if step > steps:
-            fault = f"is {step}, of {steps} in all" if steps else "is given without `steps`, how many there are in all"
-            raise ProgressInvalid(f"step {fault}", (("step", fault),))
-        if (open_ := self._open.get(ticket)) is not None:
-            open_.progress = open_.progress.reported(step, steps, time.monotonic())
-            if self._reports is not None and steps:
-                self._reports[ticket] = step, steps
+        for done, name, total in ((report.step, "step", report.steps), (report.updates, "updates", report.wanted)):
+            if done > total:
+                of = "steps" if name == "step" else "updates_wanted"
+                fault = (
+                    f"is {done}, of {total} in all" if total else f"is given without `{of}`, how many there are in all"
+                )
+                raise ProgressInvalid(f"{name} {fault}", ((name, fault),))
+        self.follow_report(ticket, report)
+        if self._reports is not None and report.steps and ticket in self._open:
+            self._reports[ticket] = report
 
-    def take_reports(self) -> dict[str, tuple[int, int]]:
-        """Returns step and steps of the tickets for which clients said how far they are since this was asked last."""
+    def take_reports(self) -> dict[str, Report]:
+        """Returns the reports on tickets for which clients said how far they are since this was asked last."""
         reports, self._reports = self._reports or {}, {}
         return reports
 
-    def follow_report(self, ticket: str, step: int, steps: int) -> None:
-        """Takes up what a client said to another daemon."""
+    def follow_report(self, ticket: str, report: Report) -> None:
+        """Takes up what a client said, to another daemon for example."""
         if (open_ := self._open.get(ticket)) is not None:
-            open_.progress = open_.progress.reported(step, steps, time.monotonic())
+            open_.progress = open_.progress.reported(report, time.monotonic())
 
     def upload_elsewhere(self, daemon: str, clients: Collection[str]) -> None:
         """Takes up of which clients updates are arriving at another daemon; none where it is gone."""

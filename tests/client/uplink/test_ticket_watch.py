@@ -30,9 +30,9 @@ class Answers:
         self.through = asyncio.Event()
         self.said: list[tuple[int, int]] = []
 
-    async def get_upload(self, ticket: str, sha256: bytes, step: int, steps: int) -> pb.GetUploadResponse:
+    async def get_upload(self, ticket: str, sha256: bytes, progress: TrainingProgress) -> pb.GetUploadResponse:
         assert (ticket, sha256) == ("t", b"")
-        self.said.append((step, steps))
+        self.said.append((progress.step, progress.steps))
         if not self.left:
             self.through.set()
             return ISSUED

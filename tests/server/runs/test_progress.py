@@ -16,7 +16,7 @@ from fedpeft.errors import DiskFull, FedpeftError, StoreUnavailable
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
-from fedpeft_server.runs.progress import Past, Progress, Refusal, State, judge
+from fedpeft_server.runs.progress import Past, Progress, Refusal, Report, State, judge
 from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, RawClient, StartDaemon, config, fault, filled, refused
@@ -87,15 +87,15 @@ def test_a_client_that_was_heard_before_its_ticket_is_silent_since_the_ticket() 
 @given(st.floats(0.01, 300), st.integers(1, 50))
 def test_an_honest_pace_is_said_to_hang_only_before_it_is_known(step_s: float, steps: int) -> None:
     """A training whose steps all take as long is said at its own pace; the client calls every 10 s meanwhile."""
-    progress = Progress.at(START).reported(0, steps, START)
+    progress = Progress.at(START).reported(Report(0, steps), START)
     for step in range(1, steps + 1):
         before = START + step * step_s - 0.001
         verdict = judge(progress, before, heard=before, timing=TIMING)
         assert not verdict.state.hangs or (step == 1 and step_s >= TIMING.stalled_s)
-        progress = progress.reported(step, steps, START + step * step_s)
+        progress = progress.reported(Report(step, steps), START + step * step_s)
     assert progress.step_s(Past()) == pytest.approx(step_s)
     known = judge(
-        Progress.at(START).reported(0, steps, START),
+        Progress.at(START).reported(Report(0, steps), START),
         START + step_s,
         heard=START + step_s,
         past=Past((), (step_s,)),
@@ -108,14 +108,35 @@ def test_an_honest_pace_is_said_to_hang_only_before_it_is_known(step_s: float, s
 def test_any_reports_are_taken_and_no_step_takes_less_than_nothing(reports: list[tuple[int, int]]) -> None:
     progress = Progress.at(START)
     for at, (step, steps) in enumerate(reports):
-        progress = progress.reported(min(step, steps), steps, START + at)
+        progress = progress.reported(Report(min(step, steps), steps), START + at)
         assert progress.began <= progress.moved and progress.step_s(Past()) >= 0
 
 
 def test_a_training_that_began_anew_has_its_own_pace() -> None:
-    again = AT_12.reported(1, 40, START + 60)
+    again = AT_12.reported(Report(1, 40), START + 60)
     assert (again.step, again.began, again.moved) == (1, START + 60, START + 60)
-    assert AT_12.reported(0, 0, START + 60) is AT_12
+    assert AT_12.reported(Report(0, 0), START + 60) is AT_12
+
+
+def test_an_edge_is_measured_by_its_calls_alone_and_shown_with_the_updates_it_has() -> None:
+    waits, now = Progress.at(START).reported(Report(50, 1200, 0, 12), START), START + 5000
+    verdict = judge(waits, now, heard=now - 3, past=Past((), (0.1,)), timing=TIMING)
+    assert (verdict.state, verdict.words) == (State.TRAINING, "training, 0 of 12 updates, last word 3 s ago")
+    has = waits.reported(Report(250, 1200, 2, 12), now)
+    assert judge(has, now + 60, heard=now, timing=TIMING).words == "no word for 60 s, last at 2 of 12 updates"
+    slow = judge(has, now, heard=now, past=Past((40.0, 40.0)), timing=TIMING)
+    assert (slow.state, slow.words) == (State.SLOW, "slower than usual: 83 min, usually 40 s, 2 of 12 updates")
+
+
+async def test_the_updates_of_an_edge_are_shown_to_operators(start: StartDaemon) -> None:
+    daemon = await start(timing=FAST)
+    run, clients, tickets = await begun(daemon)
+    said = fed.GetUploadRequest(ticket=tickets["a"], step=150, steps=300, updates=1, updates_wanted=3)
+    await clients["a"].stub.GetUpload(said, metadata=clients["a"].metadata)
+    (shown,) = [each for each in (await daemon.run(run)).awaited if each.client == "a"]
+    assert (shown.updates, shown.updates_wanted) == (1, 3) and "1 of 3 updates" in shown.description
+    said.updates = 4
+    assert await refused(clients["a"].stub.GetUpload(said, metadata=clients["a"].metadata)) == "PROGRESS_INVALID"
 
 
 async def trains(client: RawClient, ticket: str, step: int = 0, steps: int = 0) -> fed.GetUploadResponse:

@@ -46,7 +46,7 @@ class Topic(StrEnum):
     ALIVE = "alive"
     """A daemon is there, and updates of these clients are arriving."""
     PROGRESS = "progress"
-    """A client said how far the training for its ticket is: [ticket, step, steps]."""
+    """A client said how far the training for its ticket is: [ticket, step, steps, updates, wanted]."""
     SEATS = "seats"
     """A client waits with the daemon: [client, run, runs left out]; or no more: [client]."""
     ALL_SEATS = "all seats"
