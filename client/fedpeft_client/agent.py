@@ -29,7 +29,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from functools import partial
 from importlib.metadata import version as installed_version
 
 from fedpeft import PROTOCOL
@@ -82,8 +81,9 @@ from fedpeft_client.uplink.ticket_watch import run_while_ticket_open
 from fedpeft_client.uplink.training_progress import TrainingProgress
 from fedpeft_client.uplink.wire_checks import said
 from fedpeft_client.uplink.withdrawals import Withdrawals
+from fedpeft_client.worker.edge_end import EdgeEnd
 from fedpeft_client.worker.evaluator import Evaluator
-from fedpeft_client.worker.handle import Answer, WorkerProcess, end_at_edge
+from fedpeft_client.worker.handle import Answer, WorkerProcess
 from fedpeft_client.worker.trainer import Trainer
 from fedpeft_client.worker.verdicts import Verdict, Verdicts
 
@@ -152,7 +152,7 @@ class Agent:
         self._evaluator = Evaluator(channel, self._retry, worker, egress_log, metrics)
         self._verdicts = Verdicts(worker, log, None if settings.evaluate else settings.rank, of_sums=sums)
         self._holds = RunBackoff(timing=channel.timing)
-        end = partial(end_at_edge, worker) if sums else None
+        end = EdgeEnd(worker, channel, self._retry, directory, log) if sums else None
         self._finished = FinishedRuns(directory, self._outbox, channel, egress_log, metrics.series, log, end)
         self._attempts: Attempts[tuple[str, int]] = Attempts()
         self._setback = self._retry.backoff()
@@ -228,7 +228,10 @@ class Agent:
                 say = self._log.debug if self._said_idle else self._log.info  # once a wait; its reason changes often
                 say("waiting", reason=said(response.idle.reason))
                 self._said_idle = True
-                if response.idle.finished and once:
+                if self._settings.relay is not None:  # people at the edge see the run until it is ended there
+                    self._finished.look_soon()
+                    await self._finished.clean_up()
+                if response.idle.finished and once and not self._finished.ends_elsewhere:
                     return False
                 await self._pace.nothing()
         return True

@@ -114,7 +114,7 @@ def test_a_tree_of_three_levels_makes_the_bits_of_a_flat_federation(federations:
     found = parent.finish(run)
     edge.end()
     leaf.end()
-    assert [each.show(run)["state"] for each in (edge, leaf)] == ["completed", "completed"]
+    assert [(each.show(run)["state"], each.show(run)["version"]) for each in (edge, leaf)] == 2 * [("completed", 2)]
     assert not any("torch" in each.log.read_text() for each in agents)
 
     flat.server()

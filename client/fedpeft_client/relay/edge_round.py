@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpeft.adapters.payload import Decoded, Manifest
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.api.round_parts import folded
 from fedpeft.errors import (
@@ -31,11 +30,11 @@ from fedpeft.errors import (
 )
 from fedpeft.formatting import counted
 from fedpeft.process.logs import Log
-from fedpeft.process.mapped_files import mapped, releaser
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.relay.edge import AWAY, Edge, private
 from fedpeft_client.relay.options import RelayOptions
+from fedpeft_client.relay.parent_version import Version, supply
 from fedpeft_client.relay.rules import edge_config
 from fedpeft_client.state.runs import KnownRun
 
@@ -48,23 +47,19 @@ class RoundRequest:
     """A round of the parent's run that the edge is to work for.
 
     Attributes:
-        run: The parent's run.
         number: The round.
-        manifest: The description of version `number` - 1.
-        adapter: Its payload.
+        version: The version that it begins with.
         out: The file that the sum is written to.
     """
 
-    run: KnownRun
     number: int
-    manifest: Manifest
-    adapter: Path
+    version: Version
     out: Path
 
     @property
-    def version(self) -> int:
-        """The version that the round begins with."""
-        return self.number - 1
+    def run(self) -> KnownRun:
+        """The parent's run."""
+        return self.version.run
 
 
 class EdgeRound:
@@ -155,18 +150,18 @@ class EdgeRound:
         except RunNotFound:
             self._run = await self._create(server)
             return
-        found = await server.rounds(ours.run.id, after=ours.version, records=False)
+        found = await server.rounds(ours.run.id, after=ours.version.number, records=False)
         self._rounds = {each.number: each for each in found}
         over, known = self._is_over(), self._run.version
-        if known > ours.version and not over:
+        if known > ours.version.number and not over:
             raise TrainingFailed(
                 f"the edge has version {known} of the run by now, and made no sum of round {ours.number}; if this "
                 "server was restored from a backup, the run is to be stopped and deleted at the edge"
             )
-        if known == ours.version or not over:
+        if known == ours.version.number or not over:
             await self._supply(server)
         if known < self._run.version:
-            self._log.info("version is supplied to the edge", version=ours.version)
+            self._log.info("version is supplied to the edge", version=ours.version.number)
 
     async def _supply(self, server: OperatorClient) -> None:
         """Supplies the round's version; the edge's server compares one that it has, so that no other is trained from.
@@ -176,14 +171,14 @@ class EdgeRound:
         """
         ours = self._request
         try:
-            self._run = await server.supply_version(self._relays(), ours.run.spec, self._tensors())
+            self._run = await supply(server, self._options, ours.version)
         except VersionDiffers as error:
             self._log.error("the edge's run is paused: its version is not the parent's", cause=error.message)
             if self._run.state == run_pb2.RUN_STATE_RUNNING:
                 await server.pause(ours.run.id, error.message)
             raise TrainingFailed(
-                f"the edge has another version {ours.version} of the run than this server, which made it again, as "
-                "after a restore from a backup; the run is to be stopped and deleted at the edge"
+                f"the edge has another version {ours.version.number} of the run than this server, which made it again, "
+                "as after a restore from a backup; the run is to be stopped and deleted at the edge"
             ) from None
 
     async def _create(self, server: OperatorClient) -> run_pb2.Run:
@@ -193,20 +188,12 @@ class EdgeRound:
             config,
             ours.run.spec,
             ours.run.fingerprint,
-            self._tensors(),
+            ours.version.tensors(),
             ours.run.message.model_parameters,
-            relays=self._relays(),
+            relays=ours.version.relays(self._options),
         )
-        self._log.info("run is created at the edge", version=ours.version, clients=config.rounds.clients)
+        self._log.info("run is created at the edge", version=ours.version.number, clients=config.rounds.clients)
         return run
-
-    def _relays(self) -> pb.Relay:
-        ours = self._request
-        return pb.Relay(run=ours.run.id, version=ours.version, client=self._options.client)
-
-    def _tensors(self) -> Decoded:
-        data = mapped(self._request.adapter)
-        return Decoded(self._request.manifest, data, releaser(data))
 
     async def _await_updates(self, server: OperatorClient) -> None:
         """Waits until the round is over; asks meanwhile how far the clients are, which a watch does not say."""
@@ -219,7 +206,7 @@ class EdgeRound:
             await _cancelled(watching)
 
     async def _watch(self, server: OperatorClient) -> None:
-        async for change in server.watch(self._request.run.id, after=self._request.version):
+        async for change in server.watch(self._request.run.id, after=self._request.version.number):
             self._run, self._rounds = change.run, folded(self._rounds, change.rounds)
             if self._is_over():
                 return

@@ -12,14 +12,14 @@ import structlog
 from google.protobuf import json_format
 
 from fedpeft.api.operator_client import FINISHED
-from fedpeft.errors import ConfigInvalid, FedpeftError, RunNotFound
-from fedpeft.rpc import wire
-from fedpeft.v1 import tensor_pb2
+from fedpeft.errors import ConfigInvalid, FedpeftError, RelayDiffers, RunNotFound
+from fedpeft.v1 import run_pb2
 from fedpeft_client.eligibility.rules import Reason
 from fedpeft_client.owner.policy import Policy
 from fedpeft_client.relay.edge import Edge
 from fedpeft_client.relay.edge_round import EdgeRound, RoundRequest
 from fedpeft_client.relay.options import RelayOptions
+from fedpeft_client.relay.parent_version import Version, supply
 from fedpeft_client.relay.rules import reasons_against
 from fedpeft_client.state.outbox import PAYLOAD
 from fedpeft_client.state.runs import KnownRun
@@ -27,6 +27,9 @@ from fedpeft_client.state.runs import KnownRun
 _log = structlog.get_logger(__name__)
 
 Message = dict[str, Any]
+
+COMPLETED = "completed"
+"""State of a parent's run whose rounds have all been held."""
 
 
 class RelayWorker:
@@ -73,13 +76,9 @@ class RelayWorker:
     def train(self, request: Message, progress: Callable[[Message], None], stop: Callable[[], bool]) -> Message:
         """Has the edge's server collect the updates of a round; writes the payload of their sum into `out`."""
         began = time.monotonic()
-        wanted = RoundRequest(
-            KnownRun.from_json(request["run"], of_sums=True),
-            int(request["round"]),
-            wire.manifest_from_proto(json_format.ParseDict(request["adapter"]["manifest"], tensor_pb2.Manifest())),
-            Path(request["adapter"]["payload"]),
-            Path(request["out"]) / PAYLOAD,
-        )
+        run, number = KnownRun.from_json(request["run"], of_sums=True), int(request["round"])
+        version = Version.from_json(run, number - 1, request["adapter"])
+        wanted = RoundRequest(number, version, Path(request["out"]) / PAYLOAD)
         found = asyncio.run(EdgeRound(self._edge, self._options, wanted, progress, stop, _log).collect())
         return {
             "manifest": json_format.MessageToDict(found.manifest),
@@ -89,19 +88,32 @@ class RelayWorker:
         }
 
     def finished(self, request: Message) -> Message:
-        """Stops the edge's run of a parent's run that is over; returns whether that is done, or need not be."""
-        return {"done": asyncio.run(self._stop_run(str(request["run"]["id"]), str(request["how"])))}
+        """Ends the edge's run of a parent's run that is over: with its last version, or stopped where there is none.
 
-    async def _stop_run(self, run: str, how: str) -> bool:
+        Returns:
+            `done`: True if that is done, or need not be. `wants`: the edge's run, where its last version is needed for
+            that and did not come with the request.
+        """
+        return asyncio.run(self._end(str(request["run"]["id"]), str(request["how"]), request.get("adapter")))
+
+    async def _end(self, run: str, how: str, adapter: Message | None) -> Message:
         try:
             async with self._edge.connected() as server:
                 found, _ = await server.run(run)
-                if found.state not in FINISHED:
-                    await server.stop(run, f"the parent's run is {how}")
-                    _log.info("the edge's run is stopped, for the parent's is over", state=how)
-        except RunNotFound:
-            return True
+                last = found.config.rounds.count
+                if how != COMPLETED or found.state == run_pb2.RUN_STATE_STOPPED or found.version >= last:
+                    if found.state not in FINISHED:
+                        await server.stop(run, f"the parent's run is {how}")
+                        _log.info("the edge's run is stopped, for the parent's is over", state=how)
+                elif adapter is None:
+                    return {"done": False, "wants": json_format.MessageToDict(found)}
+                else:
+                    version = Version.from_json(KnownRun.of(found, of_sums=True), last, adapter)
+                    await supply(server, self._options, version)
+                    _log.info("the edge's run is completed with the parent's last version", version=last)
+        except (RunNotFound, RelayDiffers):
+            return {"done": True}
         except FedpeftError as error:
-            _log.warning("the edge's run could not be stopped; trying again later", cause=str(error))
-            return False
-        return True
+            _log.warning("the edge's run could not be ended; trying again later", cause=str(error))
+            return {"done": False}
+        return {"done": True}

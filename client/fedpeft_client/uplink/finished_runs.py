@@ -71,7 +71,14 @@ class FinishedRuns:
         self._found_over: set[str] = set()
         self._log = log
         self._end = end
+        self._unended_since: float | None = None
         self._next = 0.0
+
+    @property
+    def ends_elsewhere(self) -> bool:
+        """True while a run that is over still goes on where else it is held; for `Timing.relay_away_s` at most."""
+        since = self._unended_since
+        return since is not None and time.monotonic() - since < self._channel.timing.relay_away_s
 
     def look_soon(self) -> None:
         """Has the next `clean_up` look, because a run was found to be over."""
@@ -88,6 +95,7 @@ class FinishedRuns:
         self._next = time.monotonic() + self._channel.timing.finished_check_s
         there = await asyncio.to_thread(self._there)
         runs = sorted({*there, *filter(ids.RUN.fullmatch, self._series.runs)})
+        all_ended = True
         for start in range(0, len(runs), ASKED):
             some = runs[start : start + ASKED]
             try:
@@ -99,12 +107,19 @@ class FinishedRuns:
                 return
             over = {each.run: _OVER[each.state] for each in answer.runs if each.state in _OVER}
             for run in some:
-                if run in there and await self._is_ended(run, over.get(run)):
-                    await asyncio.to_thread(self._file, run, over.get(run))
+                if run in there:
+                    if await self._is_ended(run, over.get(run)):
+                        await asyncio.to_thread(self._file, run, over.get(run))
+                    else:
+                        all_ended = False
                 if run in over:
                     self._drop_series(run)
                 else:  # it may have been over, and go on
                     self._found_over.discard(run)
+        if all_ended:
+            self._unended_since = None
+        elif self._unended_since is None:
+            self._unended_since = time.monotonic()
 
     async def _is_ended(self, run: str, how: str | None) -> bool:
         """Returns True unless a run that is over goes on where else it is held."""

@@ -163,20 +163,6 @@ class WorkerProcess:
                 process.kill()
 
 
-async def end_at_edge(worker: WorkerProcess, run: str, how: str) -> bool:
-    """Has the worker of a relay end a run at the edge; returns False if that must be tried again.
-
-    Args:
-        worker: The worker.
-        run: The run, which is over at the parent's server.
-        how: Completed, stopped or deleted.
-    """
-    try:
-        return bool((await worker.ask({"op": "finished", "run": {"id": run}, "how": how}))["done"])
-    except TrainingFailed:  # the worker died of it, which is logged
-        return False
-
-
 def _close_pipes(process: asyncio.subprocess.Process) -> None:
     """Closes our ends of a dead worker's pipes now and not at garbage collection."""
     if process.stdin is not None:

@@ -193,7 +193,8 @@ def _supplied(status: RunStatus, version: int, config: RoundsConfig, now: float)
         raise VersionSuperseded(f"{run} has version {status.version} by now; version {version} comes too late")
     if version == status.version:
         return status
-    if not status.is_active:
+    is_last = status.state is RunState.COMPLETED and version == config.count  # which its own rounds did not make
+    if not status.is_active and not is_last:
         raise RunFinished(f"{run} is {status.state}: it takes no version any more")
     closed, _ = advance(status.round, Supplied(version), config, now)
     if closed.phase is Phase.WAITING and closed.number <= version:  # nobody has begun it: it leaves nothing behind

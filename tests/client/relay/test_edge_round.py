@@ -32,6 +32,7 @@ from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft_client.relay.edge import Edge
 from fedpeft_client.relay.edge_round import EdgeRound, RoundRequest
 from fedpeft_client.relay.options import RelayOptions
+from fedpeft_client.relay.parent_version import Version
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.timing import TIMING, Timing
 
@@ -67,7 +68,8 @@ class Relay:
         self, number: int = 2, stop: Callable[[], bool] = lambda: False, timing: Timing = FAST
     ) -> pb.DownloadSumHeader:
         manifest = self._adapter()
-        wanted = RoundRequest(self.run, number, manifest, self.folder / "adapter", self.folder / "sum")
+        version = Version(self.run, number - 1, manifest, self.folder / "adapter")
+        wanted = RoundRequest(number, version, self.folder / "sum")
         options = RelayOptions(self.address, "north", 2)
         return await EdgeRound(Edge(options, timing), options, wanted, self.said.append, stop, logs.logger()).collect()
 

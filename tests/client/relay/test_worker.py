@@ -9,17 +9,22 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from google.protobuf import json_format
 
+from fedpeft.adapters import payload
 from fedpeft.errors import CertificateRevoked, FedpeftError, IdentityInvalid, RoleMayNot
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.subject import Role
 from fedpeft.process import logs
+from fedpeft.rpc import wire
 from fedpeft.v1 import run_pb2
 from fedpeft_client.agent import registration
 from fedpeft_client.relay.options import RelayOptions, check_identity
 from fedpeft_client.settings import Settings
-from fedpeft_client.worker.handle import WorkerProcess, end_at_edge
+from fedpeft_client.state.runs import KnownRun
+from fedpeft_client.worker.handle import WorkerProcess
 
 from ...operator.operator_double import Double, Serving, a_run, serving
 from ..enrolment.test_site_identity import enrolled
@@ -38,6 +43,10 @@ def opening(server: str, **more: Any) -> dict[str, Any]:
     relay = RelayOptions(server, "edge", 2, **more).as_json()
     logged = {"log_format": "json", "verbose": False, "client": "edge"}
     return {"op": "open", "data": None, "relay": relay, "policy": {}, **logged}
+
+
+def ended(run: str, how: str, **more: Any) -> dict[str, Any]:
+    return {"op": "finished", "run": {"id": run}, "how": how, **more}
 
 
 @pytest.fixture
@@ -86,7 +95,7 @@ async def test_an_edge_that_is_away_is_no_reason_against_a_run() -> None:
         assert fits == {"reasons": [], "report": {"examples": 0}}
         declined = await worker.ask({"op": "check", "run": known().as_json()})
         assert [reason["kind"] for reason in declined["reasons"]] == ["CONFIG_INVALID"] and not declined["report"]
-        assert not await end_at_edge(worker, "run-a", "stopped"), "it is to be tried again"
+        assert not (await worker.ask(ended("run-a", "stopped")))["done"], "it is to be tried again"
     finally:
         await worker.close()
 
@@ -129,10 +138,30 @@ async def test_it_does_not_relay_a_run_to_its_own_server(served: Serving, worker
 async def test_a_run_that_is_over_is_stopped_at_the_edge(served: Serving, worker: WorkerProcess) -> None:
     served.double.runs = {"run-a": a_run("run-a"), "run-b": a_run("run-b", state=run_pb2.RUN_STATE_COMPLETED)}
     for run in ("run-a", "run-b", "run-c"):
-        assert await end_at_edge(worker, run, "deleted")
+        assert (await worker.ask(ended(run, "deleted")))["done"]
     stopped, over = served.double.runs.values()
     assert (stopped.state, stopped.reason) == (run_pb2.RUN_STATE_STOPPED, "the parent's run is deleted")
     assert over.state == run_pb2.RUN_STATE_COMPLETED
+
+
+async def test_a_run_that_is_completed_gets_its_last_version(
+    served: Serving, worker: WorkerProcess, tmp_path: Path
+) -> None:
+    run = served.double.runs["run-a"] = a_run("run-a", version=2)
+    wants = (await worker.ask(ended("run-a", "completed")))["wants"]
+    known = KnownRun.of(json_format.ParseDict(wants, run_pb2.Run()))
+    manifest, data = payload.encode(
+        {t.name: np.ones(t.shape, np.float32) for t in known.spec.shared}, known.spec.shared, "float32"
+    )
+    (tmp_path / "adapter").write_bytes(data)
+    described = json_format.MessageToDict(wire.manifest_to_proto(manifest))
+    adapter = {"payload": str(tmp_path / "adapter"), "manifest": described}
+    assert await worker.ask(ended("run-a", "completed", adapter=adapter)) == {"done": True}
+    ((header, _),) = served.double.supplied
+    assert (header.version, header.client, run.version) == (3, "edge", 3)
+    assert await worker.ask(ended("run-a", "completed")) == {"done": True}, "it has the version"
+    stopped = served.double.runs["run-b"] = a_run("run-b", state=run_pb2.RUN_STATE_STOPPED)
+    assert (await worker.ask(ended("run-b", "completed")))["done"] and not stopped.version
 
 
 def test_a_relay_calls_its_edge_as_an_operator(tmp_path: Path) -> None:

@@ -198,6 +198,35 @@ async def test_a_creation_that_comes_too_late_leaves_the_run_as_it_is(daemon: Da
     assert (await daemon.adapter(own, 0)).keys() == zeros().keys()
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+async def test_a_run_ends_with_the_last_version_of_the_parents(start: StartDaemon, tmp_path: Path, rounds: int) -> None:
+    """Its own rounds make all versions of the parent but that one; it need not have had a part in the last rounds."""
+    folder, last = tmp_path / "edge", {name: values + 1 for name, values in zeros().items()}
+    edge = await start(folder)
+    await make(edge, 0, zeros(), made=edges(count=2))
+    clients = list(enumerate(await edge.clients("a", "b")))
+    await train(clients, 1)
+    await committed(edge, 1)
+    if rounds == 2:
+        await supply(edge, 1, zeros())
+        await train(clients, 2)
+        await edge.until(RUN, lambda run: run.state == run_pb2.RUN_STATE_COMPLETED)
+    run = await supply(edge, 2, last)
+    assert (run.state, run.version, run.reason) == (run_pb2.RUN_STATE_COMPLETED, 2, "")
+    assert (await supply(edge, 2, last)).version == 2
+    assert await refused(supply(edge, 3, last)) == "RUN_FINISHED"
+    await edge.end()
+    again = await start(folder)
+    assert (await again.run(RUN)).version == 2
+    assert [each.number for each in await again.rounds(RUN) if each.record] == list(range(1, rounds + 1))
+    given = await again.adapter(RUN, 2)
+    assert all(np.array_equal(given[name], last[name]) for name in last)
+    lines: list[str] = []
+    assert len((await verified(Session(again.server.settings.listen), RUN, None, lines.append))["rounds"]) == rounds
+    await again.end()
+    assert await asyncio.to_thread(check.main, ["--data-dir", str(folder)]) == 0
+
+
 async def test_a_version_that_is_here_is_not_sent_again(daemon: Daemon) -> None:
     """The server answers a client that has begun to send 64 MiB of it."""
     spec = AdapterSpec.of("bias", [TensorSpec("a", (2**24,))])
