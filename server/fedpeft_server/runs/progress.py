@@ -83,7 +83,7 @@ class Refusal:
 
 
 class Report(NamedTuple):
-    """What a client says of its progress; see `Progress`."""
+    """A report of a client on its progress; see `Progress`."""
 
     step: int
     steps: int
@@ -129,7 +129,7 @@ class Progress:
 
     @property
     def words(self) -> str:
-        """How far it is, for people; empty if it has not said."""
+        """The same for people; empty if it has not said."""
         if self.wanted:
             return f"{self.updates:,} of {counted(self.wanted, 'update')}"
         return f"step {self.step:,} of {self.steps:,}" if self.steps else ""
