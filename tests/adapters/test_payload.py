@@ -125,6 +125,41 @@ def test_damaged_payloads_decode_to_finite_values_or_are_refused(place: int, fli
     assert all(np.isfinite(a).all() for a in payload.decode(manifest, memoryview(damaged)).values())
 
 
+@given(place=st.integers(0, 200), flip=st.integers(1, 255), encoding=st.sampled_from(ENCODINGS))
+def test_a_payload_is_refused_in_the_same_words_where_its_norm_is_taken_too(
+    place: int, flip: int, encoding: str
+) -> None:
+    manifest, data = payload.encode(tensors(), SPECS, encoding)
+    damaged = bytearray(data)
+    damaged[place % len(damaged)] ^= flip
+    try:
+        payload.check_payload(manifest, memoryview(damaged))
+    except PayloadInvalid as error:
+        with pytest.raises(PayloadInvalid) as refused:
+            payload.checked_squared_norm(manifest, memoryview(damaged))
+        assert (refused.value.message, refused.value.fields) == (error.message, error.fields)
+    else:
+        expected = payload.squared_norm(manifest, memoryview(damaged))
+        assert payload.checked_squared_norm(manifest, memoryview(damaged)) == expected
+
+
+@pytest.mark.parametrize("bits", [0x7F80_0000, 0xFF80_0000, 0x7FC0_0000, 0x7F80_0001, 0xFFFF_FFFF])
+@pytest.mark.parametrize("place", [0, BLOCK_ELEMENTS + 1, 3 * BLOCK_ELEMENTS - 1])
+def test_no_value_that_is_not_finite_passes_with_a_norm(bits: int, place: int) -> None:
+    manifest, data = mixed([2 * BLOCK_ELEMENTS, BLOCK_ELEMENTS], ["float32"] * 2)
+    values = np.frombuffer(data, "<u4").copy()
+    values[place] = bits
+    with pytest.raises(PayloadInvalid, match="is not finite"):
+        payload.checked_squared_norm(manifest, memoryview(values.tobytes()))
+
+
+def test_the_largest_values_have_a_norm() -> None:
+    manifest, _ = mixed([2 * BLOCK_ELEMENTS], ["float32"])
+    largest = np.full(2 * BLOCK_ELEMENTS, np.finfo(np.float32).max)
+    expected = float(np.finfo(np.float32).max) ** 2 * largest.size
+    assert payload.checked_squared_norm(manifest, memoryview(largest.tobytes())) == pytest.approx(expected)
+
+
 def mixed(sizes: list[int], encodings: list[str]) -> tuple[Manifest, bytes]:
     """A payload of tensors of these sizes, each in its own encoding."""
     rng, entries, data = np.random.default_rng(0), list[Entry](), b""
@@ -153,6 +188,7 @@ def test_neighbours_read_together_are_read_as_each_alone(sizes: list[int], given
         for _, values in codecs.get(entry.encoding).blocks(part, entry.shape[0]):
             norm += float((values.astype(np.float64) ** 2).sum())
     assert payload.squared_norm(manifest, memoryview(data)) == norm  # to the last bit: records name it
+    assert payload.checked_squared_norm(manifest, memoryview(data)) == norm
 
 
 def test_of_neighbours_read_together_the_wrong_one_is_named() -> None:

@@ -231,29 +231,32 @@ def check_payload(manifest: Manifest, payload: memoryview, release: Callable[[],
         PayloadInvalid: If the payload is longer or shorter than its manifest says, or a tensor's
             bytes are malformed or hold a value that is not finite; message and field name the tensor.
     """
+    _check_length(manifest, payload)
+    for group, data in _released(manifest, payload, release):
+        _check_group(manifest, payload, group, data)
+
+
+def _check_length(manifest: Manifest, payload: memoryview) -> None:
     if len(payload) != manifest.payload_bytes:
         raise PayloadInvalid(f"the payload has {len(payload)} bytes; its manifest says {manifest.payload_bytes}")
-    resident = 0
-    for group, data in _groups(manifest, payload):
-        try:
-            codecs.get(group[0].encoding).check(data, sum(math.prod(entry.shape) for entry in group))
-        except PayloadInvalid:
-            _refuse(manifest, payload, group)
-            raise
-        resident += len(data)
-        if release and resident > RESIDENT_BYTES:
-            release()
-            resident = 0
 
 
-def _refuse(manifest: Manifest, payload: memoryview, group: Sequence[Entry]) -> None:
-    """Raises PayloadInvalid for the first tensor of a group that is wrong by itself."""
-    for entry in group:
-        try:
-            codecs.get(entry.encoding).check(_bytes_of(entry, payload), math.prod(entry.shape))
-        except PayloadInvalid as error:
-            fields = ((f"tensors[{manifest.entries.index(entry)}]", error.message),)
-            raise PayloadInvalid(f"tensor {entry.name}: {error.message}", fields) from None
+def _check_group(manifest: Manifest, payload: memoryview, group: Sequence[Entry], data: memoryview) -> None:
+    """Checks a group of tensors.
+
+    Raises:
+        PayloadInvalid: For the first one that is wrong by itself.
+    """
+    try:
+        codecs.get(group[0].encoding).check(data, sum(math.prod(entry.shape) for entry in group))
+    except PayloadInvalid:
+        for entry in group:
+            try:
+                codecs.get(entry.encoding).check(_bytes_of(entry, payload), math.prod(entry.shape))
+            except PayloadInvalid as error:
+                fields = ((f"tensors[{manifest.entries.index(entry)}]", error.message),)
+                raise PayloadInvalid(f"tensor {entry.name}: {error.message}", fields) from None
+        raise
 
 
 def squared_norm(manifest: Manifest, payload: memoryview, release: Callable[[], object] | None = None) -> float:
@@ -264,21 +267,54 @@ def squared_norm(manifest: Manifest, payload: memoryview, release: Callable[[], 
         payload: Its bytes.
         release: Called now and then to give back what was read of a mapped file.
     """
-    total, resident, wide = 0.0, 0, np.empty(BLOCK_ELEMENTS)
+    total, wide = 0.0, np.empty(BLOCK_ELEMENTS)
+    for group, data in _released(manifest, payload, release):
+        total = _add_squares(total, group, data, wide)
+    return total
+
+
+def checked_squared_norm(manifest: Manifest, payload: memoryview, release: Callable[[], object] | None = None) -> float:
+    """Checks a payload and returns its squared norm, which reads it once: `check_payload`, then `squared_norm`.
+
+    Where only values that are not finite can be wrong, the squares show it: those of finite ones have a finite sum.
+    """
+    _check_length(manifest, payload)
+    total, wide = 0.0, np.empty(BLOCK_ELEMENTS)
+    for group, data in _released(manifest, payload, release):
+        is_dense = codecs.get(group[0].encoding).is_dense
+        if not is_dense:
+            _check_group(manifest, payload, group, data)
+        with np.errstate(invalid="ignore"):  # a NaN that is to be found
+            total = _add_squares(total, group, data, wide)
+        if is_dense and not math.isfinite(total):
+            _check_group(manifest, payload, group, data)
+    return total
+
+
+def _add_squares(total: float, group: Sequence[Entry], data: memoryview, wide: NDArray[np.float64]) -> float:
+    """Returns a sum and the squares of a group's values, which are added to it tensor by tensor."""
+    ends = list(accumulate(math.prod(entry.shape) for entry in group))
+    for _, values in codecs.get(group[0].encoding).blocks(data, ends[-1]):
+        # Not np.dot: BLAS would start threads of its own for every block.
+        square = wide[: values.size]
+        np.copyto(square, values)
+        square *= square
+        for tensor in np.split(square, ends[:-1]):  # a group of several tensors is one block
+            total += float(tensor.sum())
+    return total
+
+
+def _released(
+    manifest: Manifest, payload: memoryview, release: Callable[[], object] | None
+) -> Iterator[tuple[list[Entry], memoryview]]:
+    """Yields what `_groups` does, and gives back what was read of a mapped file in between."""
+    resident = 0
     for group, data in _groups(manifest, payload):
-        ends = list(accumulate(math.prod(entry.shape) for entry in group))
-        for _, values in codecs.get(group[0].encoding).blocks(data, ends[-1]):
-            # Not np.dot: BLAS would start threads of its own for every block.
-            square = wide[: values.size]
-            np.copyto(square, values)
-            square *= square
-            for tensor in np.split(square, ends[:-1]):  # a group of several tensors is one block
-                total += float(tensor.sum())
+        yield group, data
         resident += len(data)
         if release and resident > RESIDENT_BYTES:
             release()
             resident = 0
-    return total
 
 
 def decode(manifest: Manifest, payload: memoryview) -> dict[str, NDArray[np.float32]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from fedpeft.adapters.payload import Manifest, check_payload
+from fedpeft.adapters.payload import Manifest, checked_squared_norm
 from fedpeft.errors import BlobCorrupt, InvalidArgument, StateInvalid
 from fedpeft.privacy.accounting import BudgetSpent
 from fedpeft.privacy.central import central_of
@@ -217,8 +217,8 @@ class Replay:
             raise BlobCorrupt(f"{who} in {path.name} has sha256 {found}; {counted.sha256} was folded")
         try:
             manifest = self._manifest(described, number, counted)
-            check_payload(manifest, payload, releaser(payload))
-            norm = norm_of(manifest, payload, counted.examples, releaser(payload))
+            squared_norm = checked_squared_norm(manifest, payload, releaser(payload))
+            norm = norm_of(manifest, squared_norm, counted.examples)
             for transform in transforms_of(self._header.config):
                 transform.check(norm)
         except (DecodeError, InvalidArgument) as error:

@@ -34,6 +34,8 @@ class Codec(ABC):
     is_sparse: bool = False
     """True if zeros take no bytes: all but the largest values of an update become zero first (`codec.density`). An
     adapter version, and a section beside it, go in another encoding."""
+    is_dense: bool = False
+    """True if any bytes of the right length are an encoding, wrong only where a value is not finite."""
     joins: bool = False
     """True if the encodings of some tensors one after the other are that of all their values."""
     is_random: bool = False

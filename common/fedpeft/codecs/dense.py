@@ -25,6 +25,7 @@ class Dense(KeptValues):
         exponent: The bits of the exponent: all set in infinities and NaN, and in nothing else.
     """
 
+    is_dense = True
     joins = True
 
     def __init__(self, name: str, bits: str, exponent: int) -> None:

@@ -3,14 +3,14 @@
 Three steps, in this order, because a server has the header of an update before its payload:
 
     check_manifest, check_claims                  what is said of the update, before a byte of it is taken
-    fedpeft.adapters.payload.check_payload        every value of the payload, before it is durable
+    fedpeft.adapters.payload.checked_squared_norm every value of the payload, before it is durable
     check_norm                                    its norm, which the run's transforms bound
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest
@@ -71,16 +71,15 @@ def check_claims(examples: int, metrics: Mapping[str, float], declared: int | No
     metric_values.check(metrics, metric_values.MAX_TRAINING)
 
 
-def norm_of(manifest: Manifest, data: memoryview, examples: int, release: Callable[[], object] | None = None) -> float:
-    """Returns the Euclidean norm of an update whose payload was checked; of a sum of several, that of their mean.
+def norm_of(manifest: Manifest, squared_norm: float, examples: int) -> float:
+    """Returns the Euclidean norm of an update; of a sum of several, that of their mean.
 
     Args:
         manifest: Description of the payload.
-        data: Its bytes.
+        squared_norm: The sum of the squares of its values, as `fedpeft.adapters.payload` gives it.
         examples: Examples of the update, or of all in the sum.
-        release: Called now and then to give back what was read of a mapped file.
     """
-    norm = math.sqrt(payload.squared_norm(manifest, data, release))
+    norm = math.sqrt(squared_norm)
     return norm / examples if is_sum(manifest) else norm
 
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from fedpeft.adapters import adapter_file
 from fedpeft.adapters.adapter_file import AdapterInfo, Written
-from fedpeft.adapters.payload import Manifest, Tensors
+from fedpeft.adapters.payload import Manifest, Tensors, squared_norm
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.aggregation import Strategy, UpdateFacts, strategy
 from fedpeft.config import RunConfig
@@ -92,7 +92,8 @@ class Update:
         """The Euclidean norm of the decoded update; of a sum of several, that of their mean."""
         if self.measured is not None:
             return self.measured
-        return norm_of(self.manifest, self.payload, self.examples, releaser(self.payload))
+        squared = squared_norm(self.manifest, self.payload, releaser(self.payload))
+        return norm_of(self.manifest, squared, self.examples)
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,8 +273,8 @@ class SimulatedRun:
         try:
             acceptance.check_manifest(ticket, manifest, self._config, self._header.spec)
             acceptance.check_claims(outcome.examples, outcome.metrics)
-            payload.check_payload(manifest, memoryview(data))
-            norm = acceptance.norm_of(manifest, memoryview(data), outcome.examples)
+            squared = payload.checked_squared_norm(manifest, memoryview(data))
+            norm = acceptance.norm_of(manifest, squared, outcome.examples)
             acceptance.check_norm(norm, self._config)
         except InvalidArgument as error:
             log.warning("update refused", round=number, client=client, cause=error.message)

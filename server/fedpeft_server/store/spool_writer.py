@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fedpeft.adapters.payload import CHUNK_BYTES, Manifest, check_payload
+from fedpeft.adapters.payload import CHUNK_BYTES, Manifest, checked_squared_norm
 from fedpeft.errors import (
     ChecksumMismatch,
     ChunkInvalid,
@@ -70,6 +70,8 @@ class SpoolWriter:
     ) -> None:
         self.ticket = ticket
         self.manifest = manifest
+        self.squared_norm: float | None = None
+        """The sum of the squares of all values, once this writer has checked them."""
         self._owner = owner
         self._lock = lock
         self._path = path
@@ -201,7 +203,7 @@ class SpoolWriter:
                 f"its manifest says {self.manifest.sha256.hex()}; upload it again from the start"
             )
         try:
-            check_payload(self.manifest, payload, releaser(payload))
+            self.squared_norm = checked_squared_norm(self.manifest, payload, releaser(payload))
         except PayloadInvalid as error:
             raise PayloadInvalid(f"update of {self.ticket}: {error.message}", error.fields) from None
 
