@@ -152,7 +152,7 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
     metrics, health = _metrics(settings), Health()
     background = Background(metrics, stopping.set)
     stack.enter_context(background.taking_unhandled())
-    byte_counter, caller_log = ByteCounter(metrics), CallerLog(metrics, timing)
+    byte_counter, caller_log = ByteCounter(metrics, timing), CallerLog(metrics, timing)
     store = await _store(settings, timing, metrics, stack)
     own = await _certificates(settings, store)
     sessions = Sessions(await store.transact(store.db.clients), settings.max_clients, timing, store.clock.time)
@@ -173,7 +173,7 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
     stack.push_async_callback(uploads.close)
 
     addresses, life = partial(_addresses, settings, own, ports), timedelta(seconds=settings.certificate_life_s)
-    access = Access(store, admission, runs, sessions, own, refresh.take_up, addresses, life)
+    access = Access(store, admission, runs, sessions, own, refresh.take_up, addresses, life, timing)
     stack.push_async_callback(access.tasks.wait)
     presence = Presence(store, runs.lobby, progress, uploads.clients, background, timing)
     follower = Follower(store, runs, sessions, admission, access.dismiss, presence, background, timing)

@@ -44,6 +44,8 @@ class Timing:
         versions_check_s: An object store has so long, at the start, to say which adapter versions it has.
         traffic_write_s: Between two writes of traffic and presence to the database.
         payload_write_delay_s: Delay of writing traffic after a payload moved; more may move, and is written with it.
+        traffic_others_s: What a download had brought before it went on here is left for so long to the daemon that sent
+            it, which as a rule has written it by then.
         database_busy_s: A transaction waits for so long at most while another program holds a lock on the database, and
             for a connection to it,
         database_retry_s: and is tried again after this pause.
@@ -62,8 +64,11 @@ class Timing:
         certificate_check_s: Between two looks at the age of the server's certificate.
         certificate_files_check_s: Between two looks at its files: a command that replaced one is followed by others.
         storage_measure_s: Between two measurements of the stored bytes.
+        file_trusted_s: A stored file that was verified, and looks the same, is not read again for so long.
         removal_delay_s: Files of versions that the retention removes stay for so long, for whoever was told of them.
         files_retry_s: Between two attempts to remove the files that could not be removed.
+        certificate_tick_s: The second that TLS holds a certificate against is behind by so much at most, for the system
+            moves it on at its ticks: a device that is let in again gets its certificate so much later.
         tokens_kept_s: An enrolment token is listed for so long after it expired; the audit log keeps it for ever.
         tokens_purge_s: Between two removals of those.
         enrolment_retry_s: Pause after a failure to keep a process for enrolment.
@@ -101,6 +106,7 @@ class Timing:
     versions_check_s: float = 10.0
     traffic_write_s: float = 5.0
     payload_write_delay_s: float = 0.5
+    traffic_others_s: float = 10.0
     database_busy_s: float = 10.0
     database_retry_s: float = 0.05
     database_lost_s: float = 60.0
@@ -116,8 +122,10 @@ class Timing:
     certificate_check_s: float = 60.0
     certificate_files_check_s: float = 1.0
     storage_measure_s: float = 60.0
+    file_trusted_s: float = 600.0
     removal_delay_s: float = 60.0
     files_retry_s: float = 60.0
+    certificate_tick_s: float = 0.02
     tokens_kept_s: float = 30 * 86_400.0
     tokens_purge_s: float = 86_400.0
     enrolment_retry_s: float = 5.0

@@ -27,16 +27,20 @@ from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.rows import Traffic
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import ended, succeeded
-
-OTHERS_WRITE_S = 10.0
-"""By then another daemon has written what it sent, unless it was killed."""
+from fedpeft_server.timing import Timing
 
 
 class ByteCounter:
-    """The bytes that are not in the database yet, and their Prometheus counters."""
+    """The bytes that are not in the database yet, and their Prometheus counters.
 
-    def __init__(self, metrics: Metrics) -> None:
+    Args:
+        metrics: The counters.
+        timing: Time in which other daemons write what they have sent.
+    """
+
+    def __init__(self, metrics: Metrics, timing: Timing) -> None:
         self._metrics = metrics
+        self._timing = timing
         self._pending: dict[str, dict[Key, Traffic]] = {}  # by run, so that a transition looks at its own run's alone
         self._least: dict[Key, Traffic] = {}  # what was counted at least, where that could not be written
         self._least_due: dict[Key, float] = {}  # times, monotonic, before which that is not written
@@ -81,7 +85,7 @@ class ByteCounter:
         A process that was killed took the last part of what it had sent with it.
 
         What cannot be written now is written with what is pending, also where the caller has left. Where another daemon
-        may have sent it that has not written it yet, it is left for `OTHERS_WRITE_S`.
+        may have sent it that has not written it yet, it is left for `traffic_others_s`.
 
         Raises:
             FedpeftError: If it cannot be written.
@@ -91,7 +95,7 @@ class ByteCounter:
             return
         if store.db.is_shared:  # another daemon may have sent it, and be about to write that
             self._least[call.key] = self._least.get(call.key, Traffic()).at_least(payload_down=position)
-            self._least_due[call.key] = time.monotonic() + OTHERS_WRITE_S
+            self._least_due[call.key] = time.monotonic() + self._timing.traffic_others_s
         else:
             least = {call.key: Traffic(payload_down=position)}
             await self.hand_out(store, partial(store.db.count_at_least, least), call.key[0], least)
@@ -101,7 +105,7 @@ class ByteCounter:
 
         Raises:
             DiskFull: If there is no room.
-            StateInvalid: If the database is out of reach.
+            DatabaseUnavailable: If the database is out of reach.
         """
         self.moved.clear()
         now = time.monotonic()

@@ -18,6 +18,7 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import tensor_pb2
 from fedpeft_server.access.call import Key
 from fedpeft_server.store.rows import Traffic
+from fedpeft_server.timing import TIMING
 from fedpeft_server.traffic import ByteCounter
 
 from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, refused
@@ -213,7 +214,7 @@ async def test_no_byte_is_lost_where_a_transaction_fails_that_its_caller_has_lef
     """The client of a download that is resumed may disconnect while the database refuses what is written for it."""
     daemon = await start()
     store, begun, go = daemon.server.store, threading.Event(), threading.Event()
-    byte_counter, key, bytes_ = ByteCounter(daemon.server.metrics), ("run-a", 1, "a"), Traffic(1, 2, 3, 4)
+    byte_counter, key, bytes_ = ByteCounter(daemon.server.metrics, TIMING), ("run-a", 1, "a"), Traffic(1, 2, 3, 4)
     byte_counter._add(key, bytes_)
 
     def refused_later(_: Mapping[Key, Traffic]) -> None:
@@ -235,7 +236,7 @@ async def test_no_byte_is_lost_where_a_transaction_fails_that_its_caller_has_lef
 async def test_bytes_of_a_transaction_whose_caller_has_left_are_written_once(start: StartDaemon) -> None:
     daemon = await start()
     store, begun, go, seen = daemon.server.store, threading.Event(), threading.Event(), list[dict[Key, Traffic]]()
-    byte_counter = ByteCounter(daemon.server.metrics)
+    byte_counter = ByteCounter(daemon.server.metrics, TIMING)
     byte_counter._add(("run-a", 1, "a"), Traffic(1, 2, 3, 4))
 
     def slow(traffic: Mapping[Key, Traffic]) -> None:

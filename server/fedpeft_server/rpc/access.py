@@ -49,14 +49,13 @@ from fedpeft_server.store.identities import Issue, Issued
 from fedpeft_server.store.rows import IdentityRow, TokenRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import TaskSet, shielded
+from fedpeft_server.timing import Timing
 from fedpeft_server.uploads.incoming import Context
 
 log = structlog.get_logger()
 
 PERSON_LIFE = timedelta(days=90)
 """Life of the certificates of operators and viewers; somebody who calls seldom must not be locked out soon."""
-TICK_S = 0.02
-"""Most by which the second that TLS holds a certificate against is behind: the kernel moves it on at its ticks."""
 TOKEN_LIFE_S = 86_400
 MIN_TOKEN_LIFE_S = 60
 MAX_TOKEN_LIFE_S = 30 * 86_400
@@ -89,6 +88,7 @@ class Access(pb_grpc.AccessServiceServicer):
         take_up: Has `own` follow its files, so that a command that replaced one holds for the next certificate.
         addresses: Returns where the server is reached; asked for each token, as the certificate's names may change.
         life: Validity of the certificates of clients and evaluators.
+        timing: Delay of a certificate for somebody who is let in again.
 
     Attributes:
         tasks: Revocations that are under way.
@@ -104,6 +104,7 @@ class Access(pb_grpc.AccessServiceServicer):
         take_up: Callable[[], Awaitable[None]],
         addresses: Callable[[], Addresses],
         life: timedelta,
+        timing: Timing,
     ) -> None:
         self._store = store
         self._identities = store.db.identities
@@ -114,6 +115,7 @@ class Access(pb_grpc.AccessServiceServicer):
         self._take_up = take_up
         self._addresses = addresses
         self._life = life
+        self._timing = timing
         self._issued_to: dict[Subject, deque[float]] = defaultdict(lambda: deque(maxlen=MOST_CERTIFICATES))
         self.tasks = TaskSet()
 
@@ -130,7 +132,8 @@ class Access(pb_grpc.AccessServiceServicer):
         used = await self._enroll(secret, public, issue)
         software = untrusted_text.software(request.software)
         # Who was let in again just now has a certificate that begins in the next second: the device must not be early.
-        await asyncio.sleep(made[0].not_valid_before_utc.timestamp() - time.time() + TICK_S)
+        begin = made[0].not_valid_before_utc.timestamp() + self._timing.certificate_tick_s
+        await asyncio.sleep(begin - time.time())
         log.info("enrolled", subject=str(used.subject), token=used.id, software=software)
         return pb.EnrollResponse(
             certificate=certificates.to_pem(*made), server=self._addresses().server, authority=self._trusted()

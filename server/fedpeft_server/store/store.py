@@ -109,7 +109,7 @@ class Store:
             raise DiskFull(f"{'--database' if database else f'--data-dir {folder}'}: {error.message}") from None
         self.db.transactions.wait_at_most(0)  # `transact` waits, and keeps the database's thread free meanwhile
         self.clock = self.db.clock
-        files, flag = Integrity(tell), "--blobs" if blobs else "--data-dir"
+        files, flag = Integrity(tell, timing.file_trusted_s), "--blobs" if blobs else "--data-dir"
         self.blobs = Blobs(blobs or str(folder / "blobs"), folder / "cache", flag, files)
         self.places = [self.blobs]
         if updates:

@@ -115,7 +115,8 @@ class Server:
         self.background = Background(metrics, lambda: faults.append(True))
         self.faults = faults
         participation = Participation(AnswerRow(run.id, name, True) for name in CLIENTS)
-        parts = store, Lobby(lambda: None, TIMING), participation, ByteCounter(metrics), metrics, self.background
+        byte_counter = ByteCounter(metrics, TIMING)
+        parts = store, Lobby(lambda: None, TIMING), participation, byte_counter, metrics, self.background
         self.engine = RunEngine(run, current, *parts, lambda run, tickets: None, lambda engine: None, TIMING)
 
     @classmethod

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.integrity import Corruption, Integrity, Kind
 from fedpeft_server.store.rows import VersionRow
 from fedpeft_server.store.store import version_key
+from fedpeft_server.timing import TIMING
 
 from ..rows import CONFIG, RUN, run_row
 
@@ -55,7 +57,7 @@ def found() -> list[Corruption]:
 
 @pytest.fixture
 def files(found: list[Corruption]) -> Integrity:
-    return Integrity(found.append)
+    return Integrity(found.append, TIMING.file_trusted_s)
 
 
 class TestTrust:
@@ -84,7 +86,8 @@ class TestTrust:
         flip(path)
         os.utime(path, ns=(looks.st_atime_ns, looks.st_mtime_ns))
         assert files.fault(path, SHA256) == ""
-        monkeypatch.setattr(integrity, "TRUSTED_S", -1.0)
+        later = time.monotonic() + TIMING.file_trusted_s
+        monkeypatch.setattr(integrity.time, "monotonic", lambda: later)
         assert files.fault(path, SHA256).startswith("has sha256 ")
 
     def test_what_was_noted_is_forgotten_where_there_is_much(
@@ -199,11 +202,11 @@ def test_files_that_are_not_trusted_any_more_are_forgotten(tmp_path: Path, monke
     """Most of them are gone by then: a server that works for months would keep every update that it ever folded."""
     now = 1000.0
     monkeypatch.setattr(integrity.time, "monotonic", lambda: now)
-    files = Integrity()
+    files = Integrity(trusted_s=TIMING.file_trusted_s)
     for number in range(20):
         path = tmp_path / f"{number}.update"
         path.write_bytes(b"x")
         files.note(path, "ab" * 32)
         path.unlink()
-        now += integrity.TRUSTED_S / 4
+        now += TIMING.file_trusted_s / 4
     assert files.remembered == 5

@@ -1,7 +1,7 @@
 """Integrity of stored files: each is held against its digest when it is read, and one that has another is reported.
 
 Reading a file twice costs as much as the fold of it, so a file that was verified in this process is trusted for
-`TRUSTED_S` as long as it looks the same (size, time of modification, inode). A disk that gives other bytes without any
+some minutes as long as it looks the same (size, time of modification, inode). A disk that gives other bytes without any
 of these changing is found out by the next look after that; clients check what they pull, so nobody trains on it.
 """
 
@@ -22,8 +22,6 @@ import structlog
 
 log = structlog.get_logger()
 
-TRUSTED_S = 600.0
-"""Seconds for which a file that was verified, and looks the same, need not be read again."""
 REMEMBERED = 16_384
 """Most files that are known to be verified; others are read again."""
 SUFFIX = "corrupt"
@@ -82,10 +80,12 @@ class Integrity:
 
     Args:
         tell: Called with each finding, beside the log.
+        trusted_s: Seconds for which a file that was verified, and looks the same, need not be read again.
     """
 
-    def __init__(self, tell: Callable[[Corruption], object] = lambda found: None) -> None:
+    def __init__(self, tell: Callable[[Corruption], object] = lambda found: None, trusted_s: float = 0.0) -> None:
         self._tell = tell
+        self._trusted_s = trusted_s
         self._lock = threading.Lock()
         self._verified: OrderedDict[Path, tuple[_Looks, str, float]] = OrderedDict()
 
@@ -141,7 +141,7 @@ class Integrity:
 
     def _is_trusted(self, path: Path, sha256: str) -> bool:
         known = self._verified.get(path)
-        if known is None or known[1] != sha256 or time.monotonic() - known[2] > TRUSTED_S:
+        if known is None or known[1] != sha256 or time.monotonic() - known[2] > self._trusted_s:
             return False
         return known[0] == _looks(path.stat())
 
@@ -151,7 +151,7 @@ class Integrity:
         with self._lock:
             self._verified[path] = looks, sha256, now
             self._verified.move_to_end(path)
-            while len(self._verified) > REMEMBERED or now - next(iter(self._verified.values()))[2] > TRUSTED_S:
+            while len(self._verified) > REMEMBERED or now - next(iter(self._verified.values()))[2] > self._trusted_s:
                 self._verified.popitem(last=False)
 
 
