@@ -44,8 +44,8 @@ class Timing:
         versions_check_s: An object store has so long, at the start, to say which adapter versions it has.
         traffic_write_s: Between two writes of traffic and presence to the database.
         payload_write_delay_s: Delay of writing traffic after a payload moved; more may move, and is written with it.
-        traffic_others_s: What a download had brought before it went on here is left for so long to the daemon that sent
-            it, which as a rule has written it by then.
+        traffic_others_s: Bytes that a download had brought before it went on here are left for so long to the daemon
+            that sent them, which as a rule has written them by then.
         database_busy_s: A transaction waits for so long at most while another program holds a lock on the database, and
             for a connection to it,
         database_retry_s: and is tried again after this pause.

@@ -39,7 +39,7 @@ class WorkerProcess:
     """One worker, started with `options` as its first request.
 
     Args:
-        options: The `open` request, see `worker.py`.
+        options: The `open` request, see `worker.process`.
         log: Log for crashes.
         timing: The client's.
     """

@@ -10,7 +10,8 @@ kinds, by what `reduce` sees:
 A step sees a block of one tensor. A strategy whose steps depend on the round as a whole (the number of its updates,
 norms over all tensors) returns one that knows it from `of_round`.
 
-All arithmetic is float64 in the order of client ids (`fedpeft.rounds.folding.fold`).
+All arithmetic is float64 in the order of client ids (`fedpeft.rounds.folding.fold`); with `exact_sum` the sum of the
+updates is in fixed point, in any order (`fedpeft.codecs.sum128`).
 """
 
 from __future__ import annotations

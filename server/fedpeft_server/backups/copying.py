@@ -3,9 +3,10 @@
 The database is copied first, at one moment; then the files that this copy names. Versions and states never change, and
 stay where they are unless their run is deleted, or the retention removes them. Updates go once their round is
 committed, so each whole one in the spool is pinned by a second name before the database is copied, and again after it:
-whatever the copy names was there at one of these two moments, unless it came and went in between. Then, as where a run
-was deleted meanwhile or versions were removed, something is missing, and the database is copied again, which does not
-name it any more.
+whatever the copy names was there at one of these two moments, unless it came and went in between. A run that relays a
+parent's has a sum besides, which goes once the parent's next version is supplied. Where a run was deleted meanwhile,
+versions were removed, or a sum went, something is missing, and the database is copied again, which does not name it any
+more.
 """
 
 from __future__ import annotations

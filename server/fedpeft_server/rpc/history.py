@@ -24,7 +24,7 @@ Part = list[run_pb2.Round]
 
 
 class History:
-    """Rounds as the database and the byte_counter know them."""
+    """Rounds as they are in the database, with the bytes that are not written there yet."""
 
     def __init__(self, store: Store, byte_counter: ByteCounter) -> None:
         self._store = store

@@ -79,7 +79,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
             return await self._repeated(known, run)
         draw = secrets.token_hex(8) if run.relay else ""  # no other has the id, unless that is a parent's run
         key = creation_key(run.id, draw)  # of its own: another call may bring the same request at the same time
-        await self._uploads.create(key, manifest, context)
+        await self._uploads.receive_version(key, manifest, context)
         stored = partial(stored_version, self._store, key, run, manifest, run.version, draw)
         try:
             engine = await self._runs.create(run, stored, actor(), draw)

@@ -60,7 +60,7 @@ class Relaying:
             RunNotFound: If there is no such run.
             RelayDiffers: If the run is relayed for another client of that server.
             VersionDiffers: If it has another version of this number.
-            FedpeftError: As `RunEngine.supply` and `Uploads.create`.
+            FedpeftError: As `RunEngine.supply` and `Uploads.receive_version`.
         """
         header: pb.SupplyVersionHeader = await first_header(requests)
         engine = await self._relayed(header.run)
@@ -79,7 +79,7 @@ class Relaying:
         if header.version != engine.run.version:
             key = supply_key(engine.run.id)
             try:
-                await self._uploads.create(key, manifest, context)
+                await self._uploads.receive_version(key, manifest, context)
                 stored = partial(stored_version, self._store, key, engine.run, manifest, header.version)
                 await engine.supply(header.version, stored, actor())
             finally:

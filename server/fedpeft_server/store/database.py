@@ -347,7 +347,7 @@ class Database:
         return FoldInputs(updates, version, previous, norms, ledger)
 
     def pasts(self, run_id: str, number: int, clients: Sequence[str]) -> dict[str, list[Taken]]:
-        """Returns what the last rounds before one took some clients, the newest first; see `past_queries`."""
+        """Returns what the last rounds before one took some clients, the newest first; see `queries.past`."""
         with self._reading() as connection:
             return past.select_pasts(connection, run_id, number, clients)
 

@@ -75,7 +75,7 @@ class Uploads:
         store: Store of the payloads.
         byte_counter: Counter of their bytes.
         max_bytes: Largest payload taken.
-        limit: Most updates, and beside them most first versions of runs, that are received at once.
+        limit: Most updates, and beside them most versions that are brought, that are received at once.
         declared: Answers of clients to the offers of runs.
         timing: Time for which a transfer is served while others wait.
     """
@@ -95,7 +95,7 @@ class Uploads:
         self._manifest_checker = ManifestChecker()
         self._receiver = ChunkReceiver(store, max_bytes)
         self._slots = TransferSlots(limit, timing)
-        self._creations = TransferSlots(limit, timing)
+        self._versions = TransferSlots(limit, timing)
         self._tasks = TaskSet()
         self._concluding: dict[str, _Conclusion] = {}
 
@@ -110,7 +110,7 @@ class Uploads:
     def drain(self) -> None:
         """Lets uploads under way finish, and no other begin."""
         self._slots.close()
-        self._creations.close()
+        self._versions.close()
 
     async def close(self) -> None:
         """Waits until what was whole is concluded."""
@@ -187,8 +187,8 @@ class Uploads:
             return None
         return await self._store.transact(self._store.db.update, ticket.id)
 
-    async def create(self, key: str, manifest: Manifest, context: Context) -> None:
-        """Receives the first version of a run into the spool, checked and durable.
+    async def receive_version(self, key: str, manifest: Manifest, context: Context) -> None:
+        """Receives the first version of a run, or one of a parent's server, into the spool, checked and durable.
 
         Such an upload cannot be continued, so it need not give way to others; its slot is none of the clients'. Nothing
         of one that fails, or whose caller leaves, is kept.
@@ -203,7 +203,7 @@ class Uploads:
             FedpeftError: If the payload is refused.
         """
         self._receiver.check_size(manifest)
-        async with self._creations.take(key):
+        async with self._versions.take(key):
             writer = await self._receiver.receive(key, manifest, context, is_kept=lambda: False)
             finishing = self._tasks.start(self._store.compute(_finish, writer))
             try:
