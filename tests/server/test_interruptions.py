@@ -19,7 +19,7 @@ from fedpeft.v1 import run_pb2
 from fedpeft_server.parts import write_activity
 from fedpeft_server.runs import aggregation
 from fedpeft_server.store.rows import Place, Transition
-from fedpeft_server.store.store import Store, creation_key, version_key
+from fedpeft_server.store.store import NewVersion, Store, version_key
 from fedpeft_server.timing import TIMING
 
 from .conftest import SPEC, Daemon, StartDaemon, config, filled, refused
@@ -329,7 +329,7 @@ async def test_what_a_killed_creation_left_is_gone_after_the_start(start: StartD
     store = Store(folder, "", "", keep_updates=True, timing=TIMING)
     manifest, data = payload.encode(filled(1.0), SPEC.sent(1), "float32")
     for name in ("run-killed", run.id):
-        with store.spool.writer(creation_key(name), manifest) as writer:
+        with store.spool.writer(NewVersion(name, 0, "").spool_key, manifest) as writer:
             writer.write(0, data)
             writer.finish()
     store.blobs.put(version_key("run-killed", 0), data)

@@ -57,6 +57,7 @@ class Pusher:
         self._retry = retry
         self._egress_log = egress_log
         self._uncounted = "it goes into the residual" if has_residual else "the sum is dropped"
+        self._dropped = "it and the residual are dropped" if has_residual else "the sum is dropped"
         self._aside = ", and its content goes into the residual" if has_residual else ""
         self._withdrawals = Withdrawals(channel, retry, egress_log)
         self._committed = 0
@@ -75,11 +76,11 @@ class Pusher:
         except (LocalError, *NOT_ABOUT_THE_TASK):
             raise
         except ManifestInvalid as error:
-            log.error("update was refused as invalid; it and the residual are dropped", cause=str(error))
+            log.error(f"update was refused as invalid; {self._dropped}", cause=str(error))
             await self.give_up(pending, error, log)  # its ticket is still good, and nothing right will come for it
             return Outcome.DROPPED
         except PayloadInvalid as error:
-            log.error("update was refused as invalid; it and the residual are dropped", cause=str(error))
+            log.error(f"update was refused as invalid; {self._dropped}", cause=str(error))
             return Outcome.DROPPED
         except (FAULT, InvalidArgument) as error:
             log.error(

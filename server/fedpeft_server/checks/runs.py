@@ -9,6 +9,7 @@ from fedpeft.errors import BlobCorrupt, FedpeftError
 from fedpeft.rounds.policies import policies
 from fedpeft.rounds.record import Record
 from fedpeft_server.checks.findings import READABLE, Report
+from fedpeft_server.runs.aggregation import way_back
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.queries import whole
@@ -17,7 +18,6 @@ from fedpeft_server.store.store import BlobFile, sum_files, version_files
 
 RESTORE_DATABASE = "restore the database from a backup"
 RESTORE = "restore it from a backup"
-OR_BACK = "restore it from a backup, or roll the run back to an earlier version"
 
 
 def check_run(run: RunRow, database: Database, blobs: Blobs, report: Report) -> set[str]:
@@ -68,7 +68,7 @@ def _compare(version: VersionRow, record: Record, report: Report) -> None:
 
 
 def _cure(run: RunRow, version: VersionRow) -> str:
-    return OR_BACK if 0 < version.version == run.version else RESTORE
+    return f"{RESTORE}, or {way_back(run)}" if 0 < version.version == run.version else RESTORE
 
 
 def _check_file(file: BlobFile, cure: str, blobs: Blobs, report: Report) -> None:

@@ -25,7 +25,7 @@ from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft_server.rpc.messages import RUN_BYTES, run_message
 from fedpeft_server.runs.aggregation import run_header
 from fedpeft_server.store.rows import RunRow, RunState, VersionRow
-from fedpeft_server.store.store import Store, version_key
+from fedpeft_server.store.store import NewVersion, Store
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 _ALPHABET = string.ascii_lowercase + string.digits
@@ -36,20 +36,22 @@ def drawn_id() -> str:
     return "run-" + "".join(secrets.choice(_ALPHABET) for _ in range(12))
 
 
-def stored_version(store: Store, key: str, run: RunRow, manifest: Manifest, version: int, draw: str = "") -> VersionRow:
-    """Stores an uploaded payload, which is in the spool under `key`, as the file of an adapter version.
-
-    `draw` names it where another caller may store a file of the same version.
+def stored_version(store: Store, version: NewVersion, run: RunRow, manifest: Manifest) -> VersionRow:
+    """Stores an uploaded payload, which is in the spool, as the file of an adapter version.
 
     Raises:
         BlobCorrupt: If the payload is not what was uploaded.
         DiskFull: If there is no room; StoreUnavailable if the blobs refuse otherwise.
     """
-    with store.updates.open(key, manifest.sha256) as data, TemporaryDirectory(dir=store.scratch) as folder:
+    with (
+        store.updates.open(version.spool_key, manifest.sha256) as data,
+        TemporaryDirectory(dir=store.scratch) as folder,
+    ):
         path, tensors = Path(folder, "adapter"), payload.Decoded(manifest, data, releaser(data))
-        written = write_version(run_header(run), tensors, path, version)
-        store.blobs.put(version_key(run.id, version, draw=draw), path)
-    return VersionRow(run.id, version, written.sha256, written.size_bytes, "", store.clock.time(), draw=draw)
+        written = write_version(run_header(run), tensors, path, version.version)
+        store.blobs.put(version.blob_key, path)
+    now = store.clock.time()
+    return VersionRow(run.id, version.version, written.sha256, written.size_bytes, "", now, draw=version.draw)
 
 
 def new_run(header: pb.CreateRunHeader, now: float) -> tuple[RunRow, Manifest]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, suppress
 from functools import partial
@@ -13,6 +12,7 @@ from fedpeft.errors import (
     ClientNotFound,
     OffsetOutOfRange,
     RequestIdReused,
+    RunNotFound,
 )
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rpc import chunk_messages
@@ -39,7 +39,7 @@ from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.rows import ClientRow, Place, RunRow
-from fedpeft_server.store.store import Store, creation_key, version_key
+from fedpeft_server.store.store import NewVersion, Store, version_key
 from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.incoming import Context, first_header
@@ -77,12 +77,16 @@ class Operator(pb_grpc.OperatorServiceServicer):
         known = await self._store.transact(self._store.db.run_by_request, header.request_id)
         if known:
             return await self._repeated(known, run)
-        draw = secrets.token_hex(8) if run.relay else ""  # no other has the id, unless that is a parent's run
-        key = creation_key(run.id, draw)  # of its own: another call may bring the same request at the same time
-        await self._uploads.receive_version(key, manifest, context)
-        stored = partial(stored_version, self._store, key, run, manifest, run.version, draw)
+        new = NewVersion(run.id, 0, "")
+        if run.relay:
+            new = NewVersion.relayed(run.id, run.version)
+            with suppress(RunNotFound):
+                await self._runs.look_up(run.id)
+                raise RequestIdReused(f"{run.id} is here already, so it cannot be made as the part of a parent's run")
+        await self._uploads.receive_version(new.spool_key, manifest, context)
+        stored = partial(stored_version, self._store, new, run, manifest)
         try:
-            engine = await self._runs.create(run, stored, actor(), draw)
+            engine = await self._runs.create(run, new, stored, actor())
         except RequestIdReused:
             known = await self._store.transact(self._store.db.run_by_request, header.request_id)
             if known is None:

@@ -29,7 +29,7 @@ from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.rows import VersionRow
-from fedpeft_server.store.store import Store, sum_key, supply_key, version_key
+from fedpeft_server.store.store import NewVersion, Store, sum_key, version_key
 from fedpeft_server.uploads.incoming import Context, first_header
 from fedpeft_server.uploads.pipeline import Uploads
 
@@ -77,13 +77,9 @@ class Relaying:
         except ManifestInvalid as error:
             raise error.within("header.manifest") from None
         if header.version != engine.run.version:
-            key = supply_key(engine.run.id)
-            try:
-                await self._uploads.receive_version(key, manifest, context)
-                stored = partial(stored_version, self._store, key, engine.run, manifest, header.version)
-                await engine.supply(header.version, stored, actor())
-            finally:
-                self._store.soon(self._store.updates.remove_all, (key,))
+            new = NewVersion.relayed(engine.run.id, header.version)
+            await self._uploads.receive_version(new.spool_key, manifest, context)
+            await engine.supply(new, partial(stored_version, self._store, new, engine.run, manifest), actor())
         await self._check_same(engine, header.version, manifest.sha256)
         return engine
 

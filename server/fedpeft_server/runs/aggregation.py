@@ -64,11 +64,22 @@ def run_header(run: RunRow) -> RunHeader:
 
 LOST = "the server lost the update"
 """First words of the reason of a ticket that is given out again."""
-_HINTS: Mapping[type[FedpeftError], str] = {
-    DiskFull: "make room and resume the run",
-    BlobCorrupt: "then resume the run, or roll it back to an earlier version",
-}
-"""Advice to operators, by the error that keeps a round from being folded."""
+
+
+def way_back(run: RunRow) -> str:
+    """Returns what an operator can do about a version whose file is lost, where no backup has it."""
+    if policies.get(run.config.rounds.policy_name).makes_versions:
+        return "roll the run back to an earlier version"
+    return "stop and delete the run, which the agent creates anew from the parent's"
+
+
+def _advice(error: Exception, run: RunRow) -> str:
+    """Returns advice to operators about an error that keeps a round from being folded."""
+    if isinstance(error, DiskFull):
+        return "make room and resume the run"
+    if isinstance(error, BlobCorrupt):
+        return f"then resume the run, or {way_back(run)}"
+    return "see the log, then resume the run"
 
 
 class UpdatesLost(Exception):
@@ -399,10 +410,7 @@ class Folding:
         message = error.message if isinstance(error, FedpeftError) else f"{type(error).__name__}: {error}"
         traced = None if isinstance(error, DiskFull | StoreUnavailable) else error
         self._log.error("aggregation failed", round=folding.number, message=message, exc_info=traced)
-        hint = next(
-            (hint for kind, hint in _HINTS.items() if isinstance(error, kind)), "see the log, then resume the run"
-        )
-        reason = f"round {folding.number} could not be folded: {message}; {hint}"
+        reason = f"round {folding.number} could not be folded: {message}; {_advice(error, self._actor.run)}"
         await self._actor.call(lambda: self._pause(folding, reason))
 
     async def _pause(self, folding: Round, reason: str) -> None:

@@ -13,7 +13,14 @@ from functools import partial
 
 import structlog
 
-from fedpeft.errors import BlobCorrupt, FedpeftError, TicketNotFound, VersionBeingMade, VersionNotFound
+from fedpeft.errors import (
+    BlobCorrupt,
+    DatabaseUnavailable,
+    FedpeftError,
+    TicketNotFound,
+    VersionBeingMade,
+    VersionNotFound,
+)
 from fedpeft.identity.audit import Detail
 from fedpeft.privacy.central import central_of
 from fedpeft.privacy.statement import EPSILON
@@ -25,21 +32,19 @@ from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs import receipts
 from fedpeft_server.runs.actor import SERVER, RunActor
-from fedpeft_server.runs.aggregation import Folding, go_back
+from fedpeft_server.runs.aggregation import Folding, go_back, way_back
 from fedpeft_server.runs.gauges import RunGauges
 from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.runs.participation import Participation
 from fedpeft_server.runs.receipts import Receipt
 from fedpeft_server.runs.round_log import RoundLog
 from fedpeft_server.store.rows import AuditEvent, RunRow, RunState, Transition, UpdateRow, VersionRow
-from fedpeft_server.store.store import Store, sum_prefix
+from fedpeft_server.store.store import NewVersion, Store
 from fedpeft_server.tasks import shielded
 from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
 
 log = structlog.get_logger()
-
-_OR_BACK = ", or roll it back to an earlier version"
 
 
 class RunEngine:
@@ -136,7 +141,8 @@ class RunEngine:
 
     async def start(self) -> None:
         """Takes up the run where the last process left it."""
-        if central_of(self.run.config) and self.run.version:
+        makes_versions = policies.get(self.run.config.rounds.policy_name).makes_versions
+        if not makes_versions or (central_of(self.run.config) and self.run.version):
             await self._folding.forget_other_draws(self.run.version)
         if self.actor.status.folds:
             self._log.info("aggregation resumed", round=self.round.number)
@@ -266,7 +272,7 @@ class RunEngine:
     @shielded
     async def _note_corrupt(self, version: int, error: BlobCorrupt) -> None:
         if version == self.run.version and self.run.state is RunState.RUNNING:
-            reason = f"{error.message}; then resume the run" + ("" if version == 0 else _OR_BACK)
+            reason = f"{error.message}; then resume the run" + (f", or {way_back(self.run)}" if version else "")
             if await self.actor.call(lambda: self.actor.advance(events.Paused(reason))):
                 self._metrics.rounds.labels(self.run.id, "paused").inc()
             return
@@ -325,13 +331,14 @@ class RunEngine:
             self._background.watch("files", self.tasks.start(self._folding.forget(made.changes.round)))
 
     @shielded
-    async def supply(self, version: int, stored: Callable[[], VersionRow], by: str) -> None:
+    async def supply(self, new: NewVersion, stored: Callable[[], VersionRow], by: str) -> None:
         """Takes over a version of the parent's server that `by` brings, and begins the round after it.
 
-        A round that is not over goes with all that came for it; a version that is here already changes nothing.
+        A round that is not over goes with all that came for it; a version that is here already changes nothing. The
+        upload is removed at the end: its caller may have left long ago.
 
         Args:
-            version: Its number.
+            new: The version.
             stored: Stores it as a blob.
             by: The caller.
 
@@ -342,19 +349,26 @@ class RunEngine:
         """
 
         async def decide(status: RunStatus) -> Transition | None:
-            changes = self.actor.changes(status, events.Supplied(version))
+            changes = self.actor.changes(status, events.Supplied(new.version))
             if changes is None:
                 return None
             row = await self._store.version(stored)
-            details: dict[str, Detail] = {"version": version, "adapter_sha256": row.sha256}
+            details: dict[str, Detail] = {"version": new.version, "adapter_sha256": row.sha256}
             said = AuditEvent(by, "version.supplied", self.run.id, details)
             return Transition(changes, supplied=row, audit_events=(said,))
 
-        made = await self.actor.call(lambda: self.actor.transit(decide))
+        try:
+            made = await self.actor.call(lambda: self.actor.transit(decide))
+        except Exception as error:
+            if not isinstance(error, DatabaseUnavailable):  # else it may be in the database
+                await self._store.version(self._store.undo, new)
+            raise
+        finally:
+            self._store.soon(self._store.updates.remove_all, (new.spool_key,))
         if made is None:
             return
-        self._log.info("version supplied", version=version)
-        self._store.soon(self._store.blobs.delete_prefix, sum_prefix(self.run.id))  # the parent has gone on
+        self._log.info("version supplied", version=new.version)
+        self._store.soon(self._store.forget_sums, self.run.id, new.version)
         if made.changes.round.stopped:
             self._background.watch("files", self.tasks.start(self._folding.forget_stopped(made.changes.round)))
 

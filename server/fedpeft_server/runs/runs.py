@@ -30,7 +30,7 @@ from fedpeft_server.runs.ticket_index import TicketIndex
 from fedpeft_server.runs.waiting import NAMED, Reasons, awaited
 from fedpeft_server.store.retention import RetentionPolicy
 from fedpeft_server.store.rows import AnswerRow, AuditEvent, GaugeSnapshot, RunRow, RunState, VersionRow
-from fedpeft_server.store.store import Store, creation_key
+from fedpeft_server.store.store import NewVersion, Store
 from fedpeft_server.tasks import TaskSet, shielded
 from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
@@ -123,10 +123,8 @@ class Runs:
             await engine.close()
 
     @shielded
-    async def create(self, run: RunRow, first: Callable[[], VersionRow], by: str, draw: str = "") -> RunEngine:
-        """Adds a run that `by` asks for; `first` stores its first version, and is undone if it cannot be added.
-
-        `draw` names the file of that version where another call may add a run of the same id.
+    async def create(self, run: RunRow, new: NewVersion, first: Callable[[], VersionRow], by: str) -> RunEngine:
+        """Adds a run that `by` asks for; `first` stores its first version, which is undone if it cannot be added.
 
         The upload of that version is removed once it is known what became of the run: until then it tells the next
         start of the server that something of it may be left.
@@ -142,10 +140,11 @@ class Runs:
             )
             await self._store.transact(self._store.db.create_run, run, version, (audit_event,))
         except Exception as error:
-            if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._is_written(run, draw)):
-                await self._store.version(self._store.forget_creation, run.id, run.version, draw)
+            if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._is_written(run, new.draw)):
+                await self._store.version(self._store.undo, new)
+                await self._store.version(self._store.updates.remove_all, (new.spool_key,))
                 raise
-        await self._store.version(self._store.updates.remove_all, (creation_key(run.id, draw),))
+        await self._store.version(self._store.updates.remove_all, (new.spool_key,))
         return self._begin(run)
 
     @shielded

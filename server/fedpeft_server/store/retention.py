@@ -146,11 +146,11 @@ class VersionRetention:
                 return row
             first = queries.select_retained_from(connection, run)
             near = [number for number in queries.select_nearest(connection, run, version) if number < first]
-        nearest = " and ".join(f"version {number}" for number in near)
-        raise VersionRemoved(
-            f"version {version} of {run} was removed by the server's retention; nearest to it "
-            f"{'is' if len(near) == 1 else 'are'} {nearest}, and all from version {first} on are there"
-        )
+        said = f"version {version} of {run} was removed by the server's retention; "
+        if near:  # an edge's run has no version 0
+            nearest = " and ".join(f"version {number}" for number in near)
+            said += f"nearest to it {'is' if len(near) == 1 else 'are'} {nearest}, and "
+        raise VersionRemoved(f"{said}all from version {first} on are there")
 
 
 def _scores(connection: Connection, run: str, versions: Collection[int]) -> dict[int, Score]:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, Self, TypeVar
 
 import structlog
 
@@ -46,7 +46,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 C = TypeVar("C", bound=Closable)
 
-_CREATION, _RELAYED, _SUPPLY = "create-", "relay-", "supply-"
+_NEW_VERSION = "version-"
 
 COMPUTE_THREADS = 4
 """Threads that check uploads and sync them; all of it releases the interpreter's lock. A receipt waits for nothing
@@ -296,13 +296,17 @@ class Store:
         self.download_cache.forget(run_id)
         self.blobs.delete_prefix(f"runs/{run_id}/")
 
-    def forget_creation(self, run_id: str, version: int, draw: str) -> None:
-        """Removes the files of a run that could not be added; other files of its id where no other may have made it."""
-        if draw:
-            self.blobs.delete((version_key(run_id, version, draw=draw),))
+    def forget_sums(self, run_id: str, version: int) -> None:
+        """Removes the sums of the rounds up to the one whose version the parent's server made."""
+        kept = sum_key(run_id, version + 1)
+        self.blobs.delete([key for key in self.blobs.keys(sum_prefix(run_id).rstrip("/")) if key < kept])
+
+    def undo(self, version: NewVersion) -> None:
+        """Removes the file of a version that did not come into the database, and nothing else of its run."""
+        if version.draw:
+            self.blobs.delete((version.blob_key,))
         else:
-            self.forget_run(run_id, ())
-        self.updates.remove_all((creation_key(run_id, draw),))
+            self.forget_run(version.run, ())  # its id was drawn for it
 
     def sweep(self, runs: Collection[str], tickets: Collection[str]) -> None:
         """Removes what a process that was killed left behind; for the start of the server.
@@ -315,12 +319,10 @@ class Store:
             tickets: Those whose uploads may still be wanted.
         """
         for key in self.spool.tickets():
-            if key.startswith(_SUPPLY):
-                self.updates.remove_all((key,))
-            if key.startswith((_CREATION, _RELAYED)):
-                run = key.removeprefix(_CREATION) if key.startswith(_CREATION) else key.split("-", 2)[2]
-                if run not in runs:
-                    self.forget_run(run, ())
+            if key.startswith(_NEW_VERSION):
+                version = NewVersion.of(key)
+                if version.run not in runs:
+                    self.undo(version)
                 self.updates.remove_all((key,))
         self.updates.remove_all(self.spool.others(set(tickets), whole=not self.keep_updates))
 
@@ -350,21 +352,44 @@ def _tell_failure(done: Future[Any]) -> None:
         log.error("cannot close or remove a file", exc_info=error)
 
 
-def creation_key(run_id: str, draw: str = "") -> str:
-    """Returns the name in the spool of the upload of a new run's first version, whose file `draw` names."""
-    return f"{_RELAYED}{draw}-{run_id}" if draw else _CREATION + run_id
+class NewVersion(NamedTuple):
+    """A version that is uploaded: the first one of a new run, or one of the parent's server.
 
+    Several calls may bring the same version of a parent's run; `draw` tells them apart. It is empty for a run that does
+    not relay: no other call has the id that was drawn for it.
+    """
 
-def supply_key(run_id: str) -> str:
-    """Returns the name in the spool of the upload of a version that comes from a parent's server."""
-    return f"{_SUPPLY}{run_id}-{secrets.token_hex(4)}"
+    run: str
+    version: int
+    draw: str
+
+    @classmethod
+    def of(cls, spool_key: str) -> Self:
+        """Returns the version whose upload has this name in the spool."""
+        run, version, draw = spool_key.removeprefix(_NEW_VERSION).rsplit("-", 2)
+        return cls(run, int(version), draw)
+
+    @classmethod
+    def relayed(cls, run: str, version: int) -> Self:
+        """Returns a version of a parent's run, as this call brings it."""
+        return cls(run, version, secrets.token_hex(8))
+
+    @property
+    def spool_key(self) -> str:
+        """Name of its upload in the spool, which tells the next start that something of it may be left."""
+        return f"{_NEW_VERSION}{self.run}-{self.version}-{self.draw}"
+
+    @property
+    def blob_key(self) -> str:
+        """Key of its file."""
+        return version_key(self.run, self.version, draw=self.draw)
 
 
 def version_key(run_id: str, version: int, source: int | None = None, draw: str = "") -> str:
     """Returns the blob key of an adapter version; `source` and `draw` are those of its row.
 
-    One key has one content: another server may be folding the round that a rollback ends, and writes what it has; and
-    where noise is drawn no two folds make the same.
+    One key has one content: another server may be folding the round that a rollback ends, and writes what it has;
+    where noise is drawn no two folds make the same; and a parent's server may make a version again.
     """
     return f"{version_prefix(run_id, version)}{_suffix(source, draw)}.safetensors"
 

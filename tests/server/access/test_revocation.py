@@ -258,7 +258,9 @@ async def test_an_evaluator_cannot_take_a_clients_name_whoever_certified_it(secu
     assert await refused(evaluator.look()) == "NOT_REGISTERED", "it is nobody's trainer"
     await evaluator.register(fed.CLIENT_ROLE_EVALUATOR)
     assert await refused(secured.restore(Role.CLIENT, "x")) == "NAME_IN_USE"
-    assert (await evaluator.look()).HasField("idle")
+    waiting = asyncio.create_task(evaluator.look())
+    assert not (await asyncio.wait({waiting}, timeout=0.5))[0], "it may wait for work"
+    waiting.cancel()
 
 
 async def identities(secured: Federation) -> list[access.Identity]:

@@ -156,6 +156,7 @@ async def test_a_registration_that_comes_late_takes_nothing_from_the_process_tha
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One daemon stands still as it is about to write who registered; that process is dead when it goes on."""
+    await federation.daemons[0].create(config(rounds={"count": 1, "clients": 2}))
     dead, alive = federation.client("a"), federation.client("a")
     registrations = federation.daemons[0].server.store.registrations
     write, stands_still, goes_on = registrations._write, threading.Event(), threading.Event()
@@ -172,7 +173,7 @@ async def test_a_registration_that_comes_late_takes_nothing_from_the_process_tha
     goes_on.set()
     assert await refused(call) == "DATABASE_LOCKED"
     for client in alive:
-        await client.look()
+        assert (await client.look()).HasField("offer"), "it is served by all"
     monkeypatch.undo()
     again = federation.client("a")
     assert (await again[0].register()).protocol, "the next process is not held up"

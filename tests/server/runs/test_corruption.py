@@ -170,7 +170,7 @@ class TestVersions:
         assert found.state == PAUSED
         assert (
             version_key(run, 1) in found.reason
-            and "from a backup; then resume the run, or roll it back" in found.reason
+            and "from a backup; then resume the run, or roll the run back" in found.reason
         )
         assert corrupt_files(daemon, "version") == 1
         aside = [p for p in (folder(daemon) / "blobs").rglob("*") if integrity.SUFFIX in p.parts and p.is_file()]
@@ -200,7 +200,7 @@ class TestVersions:
         await alice.push((await alice.task(run)).ticket, filled(0.5))
         found = await daemon.until(run, lambda found: found.state == PAUSED)
         assert found.reason.startswith("round 2 could not be folded: ") and key in found.reason
-        assert "then resume the run, or roll it back" in found.reason
+        assert "then resume the run, or roll the run back" in found.reason
         assert corrupt_files(daemon, kind) == 1
         path.write_bytes(good)
         await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run))

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -29,6 +30,8 @@ from fedpeft.v1 import run_pb2
 from fedpeft_operator.cli.run.verify import verified
 from fedpeft_operator.cli.session import Session
 from fedpeft_server.commands import check
+from fedpeft_server.runs.engine import RunEngine
+from fedpeft_server.store.store import sum_key
 
 from ..conftest import SPEC, Arrays, Daemon, RawClient, StartDaemon, config, refused, zeros
 from ..relayed_calls import EXACT, RUN, edges, make, parents, sum_of, supply
@@ -286,6 +289,67 @@ async def test_what_does_not_go_with_a_parent_is_refused(daemon: Daemon) -> None
     assert (await make(daemon, 1, zeros())).version == 1, "a repetition of the request has its answer"
     assert await refused(daemon.operator.RollbackRun(op.RollbackRunRequest(run=RUN, version=0))) == "RUN_RELAYED"
     assert await refused(sum_of(daemon, 2)) == "SUM_NOT_FOUND"
+
+
+async def test_of_two_who_make_an_edges_run_at_once_one_is_refused(daemon: Daemon, tmp_path: Path) -> None:
+    """Also where both have looked before either has made it."""
+    store, both = daemon.server.store, asyncio.Barrier(2)
+    create = daemon.server.runs.create
+
+    async def together(*args: Any) -> RunEngine:
+        await both.wait()
+        return await create(*args)
+
+    daemon.server.runs.create = together  # type: ignore[method-assign]
+    one, other = await asyncio.gather(make(daemon, 1, zeros()), make(daemon, 0, zeros()), return_exceptions=True)
+    (made,) = [each for each in (one, other) if isinstance(each, run_pb2.Run)]
+    (error,) = [each for each in (one, other) if isinstance(each, grpc.aio.AioRpcError)]
+    assert "already" in str(error.details())
+    assert (await daemon.adapter(RUN, made.version)).keys() == zeros().keys()
+    assert len(list((tmp_path / "data" / "blobs" / "runs" / RUN / "versions").iterdir())) == 1
+    assert not list(store.spool.tickets())
+
+
+async def test_a_supply_whose_caller_leaves_goes_to_its_end(daemon: Daemon) -> None:
+    """Its upload stays for as long: else the version's file would be reported as lost."""
+    await make(daemon, 0, zeros())
+    store, busy, go_on = daemon.server.store, asyncio.Event(), asyncio.Event()
+    version = store.version
+
+    async def slow(function: Any, *args: Any) -> Any:
+        busy.set()
+        await go_on.wait()
+        return await version(function, *args)
+
+    store.version = slow  # type: ignore[method-assign]
+    call = asyncio.ensure_future(supply(daemon, 1, zeros()))
+    await busy.wait()
+    call.cancel()
+    await asyncio.wait([call])
+    await asyncio.sleep(0.1)  # a removal of the upload would run now
+    go_on.set()
+    assert (await daemon.until(RUN, lambda run: run.version == 1)).state == run_pb2.RUN_STATE_RUNNING
+    value = daemon.server.metrics.registry.get_sample_value("fedpeft_corrupt_files_total", {"kind": "update"})
+    assert not value
+
+
+async def test_a_version_that_is_lost_at_an_edge_comes_from_the_parent(daemon: Daemon, tmp_path: Path) -> None:
+    await make(daemon, 1, zeros())
+    (file,) = (tmp_path / "data" / "blobs" / "runs" / RUN / "versions").iterdir()
+    file.unlink()
+    assert await refused(daemon.adapter(RUN, 1)) == "BLOB_CORRUPT"
+    paused = await daemon.run(RUN)
+    assert "stop and delete the run, which the agent creates anew" in paused.reason and "roll" not in paused.reason
+
+
+async def test_of_sums_those_that_the_parent_has_counted_go(daemon: Daemon, tmp_path: Path) -> None:
+    await make(daemon, 0, zeros(), made=edges(count=9))
+    store = daemon.server.store
+    for number in (1, 2, 3, 10):
+        store.blobs.put(sum_key(RUN, number), b"sum")
+    await asyncio.to_thread(store.forget_sums, RUN, 2)
+    left = sorted(path.name for path in (tmp_path / "data" / "blobs" / "runs" / RUN / "sums").iterdir())
+    assert left == ["000003.sum128", "000010.sum128"]
 
 
 async def test_a_sum_is_taken_where_the_run_adds_up_exactly_alone(daemon: Daemon) -> None:
