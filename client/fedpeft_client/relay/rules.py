@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fedpeft.config import RoundsConfig, RunConfig
 from fedpeft.errors import ConfigInvalid, RefusedByPolicy
 from fedpeft.rounds.combinations import misfits
-from fedpeft.rounds.policies import policies
+from fedpeft.rounds.policies import policy_of
 from fedpeft_client.eligibility.policy_rules import RunDemand, broken
 from fedpeft_client.eligibility.rules import Reason
 from fedpeft_client.owner.policy import Policy
@@ -65,7 +65,7 @@ def _of_sums(run: KnownRun) -> Iterator[str]:
     sends = "a relay sends sums of several updates"
     if not config.aggregation.exact_sum:
         yield f"{sends}, and the run takes none: it needs exact_sum = true in [aggregation]"
-    if not policies.get(config.rounds.policy_name).one_version:
+    if not policy_of(config.rounds).one_version:
         name = config.rounds.policy_name
         yield f"{sends} that start from one version, and in {name} rounds each update may start from another"
     if run.spec.sections:

@@ -19,7 +19,7 @@ from fedpeft.formatting import counted
 from fedpeft.privacy.accounting import locally_overspent, overspent
 from fedpeft.privacy.central import central_of
 from fedpeft.privacy.transforms import transforms_of
-from fedpeft.rounds.state_machine import RoundPolicy, policies
+from fedpeft.rounds.state_machine import RoundPolicy, policy_of
 
 
 def check_combination(config: RunConfig, spec: AdapterSpec) -> None:
@@ -41,7 +41,7 @@ def _asked(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
     parts: list[tuple[str, str, Strategy | LocalAlgorithm | RoundPolicy]] = [
         ("aggregation.strategy", config.aggregation.strategy, _strategy(config)),
         ("training.algorithm", _algorithm_name(config), algorithm(config.training.algorithm)),
-        ("rounds.policy", config.rounds.policy_name, _policy(config)),
+        ("rounds.policy", config.rounds.policy_name, policy_of(config.rounds)),
     ]
     for field, name, part in parts:
         if fault := part.misfit(config, spec):
@@ -67,7 +67,7 @@ def _ranked(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
 
 def _stale(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
     """Finds what does not take updates of one round that start from different versions."""
-    if _policy(config).one_version:
+    if policy_of(config.rounds).one_version:
         return
     policy = f"is {config.rounds.policy_name!r}, whose updates start from different versions"
     if _strategy(config).needs_one_version:
@@ -128,7 +128,7 @@ def _exact(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
     if not _strategy(config).sees_one_mean:
         name = config.aggregation.strategy
         yield field, f"does not go with strategy {name!r}, which makes more of the updates than a mean"
-    if not _policy(config).one_version:
+    if not policy_of(config.rounds).one_version:
         yield field, f"does not go with rounds.policy {config.rounds.policy_name!r}: a sum starts from one version"
     if spec.sections:
         what = f"section {spec.sections[0].name!r} of algorithm {_algorithm_name(config)!r}"
@@ -175,10 +175,6 @@ _RULES = (_asked, _derived, _ranked, _stale, _scaled, _scheduled, _exact, _noise
 
 def _strategy(config: RunConfig) -> Strategy:
     return strategy(config.aggregation.strategy, config.aggregation.options)
-
-
-def _policy(config: RunConfig) -> RoundPolicy:
-    return policies.get(config.rounds.policy_name)
 
 
 def _algorithm_name(config: RunConfig) -> str:

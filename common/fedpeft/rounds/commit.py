@@ -30,7 +30,7 @@ from fedpeft.process.mapped_files import releaser
 from fedpeft.rounds.acceptance import norm_of
 from fedpeft.rounds.folding.contributions import Contribution, Overflow
 from fedpeft.rounds.folding.fold import State, fold_sums, fold_tensors
-from fedpeft.rounds.policies import policies
+from fedpeft.rounds.policies import policy_of
 from fedpeft.rounds.record import Contributed, Excluded, Record, digest
 from fedpeft.rounds.screening import FACTOR, Extent, NormBound, bound, local_steps, median
 
@@ -281,7 +281,7 @@ class _Files:
     @property
     def makes_version(self) -> bool:
         """True if the round makes a version, and not a sum."""
-        return policies.get(self.header.config.rounds.policy_name).makes_versions
+        return policy_of(self.header.config.rounds).makes_versions
 
 
 @dataclass(frozen=True, slots=True)

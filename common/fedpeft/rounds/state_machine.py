@@ -107,7 +107,7 @@ class Round:
 
     def following(self, config: RoundsConfig, now: float) -> Round:
         """Returns the round after this one, as it begins at a time: open if tickets outlived this one."""
-        carried = Tickets(policies.get(config.policy_name).carried(self))
+        carried = Tickets(policy_of(config).carried(self))
         begun = Round(self.run, self.number + 1, tickets=carried)
         return begun.opened(config, now) if carried else begun
 
@@ -152,7 +152,7 @@ def due(state: Round, ticket: Ticket, config: RoundsConfig) -> float | None:
 
     None if no deadline runs.
     """
-    if policies.get(config.policy_name).one_version:
+    if policy_of(config).one_version:
         return state.deadline
     return ticket.issued_at + config.deadline_s
 
@@ -210,6 +210,11 @@ class RoundPolicy(ABC):
 policies: Registry[RoundPolicy] = Registry("fedpeft.rounds.policies", "fedpeft.policies", "round policy")
 
 
+def policy_of(config: RoundsConfig) -> RoundPolicy:
+    """Returns the policy of a run's rounds."""
+    return policies.get(config.policy_name)
+
+
 def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Step:
     """Returns the round after an event at time `now`, and what must be done because of it.
 
@@ -253,7 +258,7 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
 
 
 def _waiting(state: Round, event: Waiting, config: RoundsConfig, now: float) -> Step:
-    policy = policies.get(config.policy_name)
+    policy = policy_of(config)
     if state.phase is Phase.WAITING:
         fresh = _candidates(state, event, 0)
         if not _enough(state, len(fresh), event, config):
@@ -295,7 +300,7 @@ def _enough(state: Round, fresh: int, event: Waiting, config: RoundsConfig) -> b
 
 def begins_together(state: Round, config: RoundsConfig) -> bool:
     """Returns False for a round that opens for whoever is free: one of updates that start from several versions."""
-    return state.number == 1 or policies.get(config.policy_name).one_version
+    return state.number == 1 or policy_of(config).one_version
 
 
 def _issue(
@@ -435,7 +440,7 @@ def _stopped(state: Round) -> Step:
 
 
 def _aggregate(state: Round, config: RoundsConfig) -> Step:
-    policy = policies.get(config.policy_name)
+    policy = policy_of(config)
 
     def late_for(ticket: Ticket) -> str:
         return closed if policy.one_version else policy.late_for(state, ticket, config)

@@ -25,7 +25,7 @@ from fedpeft.rounds.events import (
     TimePassed,
     Waiting,
 )
-from fedpeft.rounds.state_machine import Phase, Round, advance, policies
+from fedpeft.rounds.state_machine import Phase, Round, advance, policy_of
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 
 
@@ -187,7 +187,7 @@ def _issued(before: Tickets, after: Tickets) -> tuple[Ticket, ...]:
 
 def _supplied(status: RunStatus, version: int, config: RoundsConfig, now: float) -> RunStatus:
     run = status.round.run
-    if policies.get(config.policy_name).makes_versions:
+    if policy_of(config).makes_versions:
         raise RunNotRelayed(f"{run} makes its versions itself; they are supplied to runs of a parent's server alone")
     if version < status.version:
         raise VersionSuperseded(f"{run} has version {status.version} by now; version {version} comes too late")
@@ -216,7 +216,7 @@ def _after(status: RunStatus, event: Event, config: RoundsConfig, now: float) ->
         case Paused() | Resumed() | Stopped() | RolledBack() if not status.is_active:
             text = "it cannot be paused, resumed, stopped or rolled back any more"
             raise RunFinished(f"{status.round.run} is {status.state}: {text}")
-        case RolledBack() if not policies.get(config.policy_name).makes_versions:
+        case RolledBack() if not policy_of(config).makes_versions:
             raise RunRelayed(
                 f"the versions of {status.round.run} come from its parent's server: roll the run back there"
             )
@@ -233,7 +233,7 @@ def _after(status: RunStatus, event: Event, config: RoundsConfig, now: float) ->
             after = replace(after, state=RunState.STOPPED, reason=reason)
         case Aggregated() | RolledBack() if new is not status.round:
             over = new.number >= config.count
-            if policies.get(config.policy_name).makes_versions:
+            if policy_of(config).makes_versions:
                 after = replace(after, version=new.number)
             after = replace(after, state=RunState.COMPLETED, reason="") if over else after
     for effect in follow:

@@ -17,7 +17,7 @@ from fedpeft import seeds
 from fedpeft.config import RunConfig
 from fedpeft.rounds.local_job import LocalJob, LocalOutcome, Version
 from fedpeft.rounds.schedule import training_of
-from fedpeft.rounds.state_machine import Phase, policies
+from fedpeft.rounds.state_machine import Phase, policy_of
 from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft.simulation.client_memory import ClientMemory
 from fedpeft.simulation.engines import Engine
@@ -55,7 +55,7 @@ class ClientsAtWork:
         self._to_begin: list[_Due] = []
         self._to_arrive: list[_Due] = []
         self._computed: dict[str, LocalOutcome] = {}
-        self.has_clock = policies.get(config.rounds.policy_name).has_clock
+        self.has_clock = policy_of(config.rounds).has_clock
         self.now = 0.0
 
     def begin(self, ticket: Ticket, version: Version) -> None:

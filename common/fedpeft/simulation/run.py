@@ -29,7 +29,7 @@ from fedpeft.privacy.accounting import calibrated
 from fedpeft.process import durable, locks
 from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.commit import RunHeader
-from fedpeft.rounds.state_machine import policies
+from fedpeft.rounds.state_machine import policy_of
 from fedpeft.rpc import wire
 from fedpeft.simulation.client_memory import ClientMemory
 from fedpeft.simulation.clients import Clients, Data, reading_of
@@ -136,7 +136,7 @@ def _header(run: str, trainer: LocalTrainer, settings: SimulationConfig) -> RunH
     """Returns the run's header; raises `ConfigInvalid` if its parts do not go together."""
     header = RunHeader(run, trainer.inputs.config, trainer.run.spec, trainer.run.fingerprint)
     check_combination(header.config.model_copy(update={"simulation": settings}), header.spec)
-    if not policies.get(header.config.rounds.policy_name).makes_versions:
+    if not policy_of(header.config.rounds).makes_versions:
         policy = header.config.rounds.policy_name
         text = f"is {policy!r}, whose versions come from a parent's server; a simulation has none"
         raise ConfigInvalid(f"rounds.policy {text}", (("rounds.policy", text),))
@@ -157,7 +157,7 @@ def _ready(header: RunHeader, engine: Engine, out: Path, scratch: Path) -> Simul
 
 def is_resumable(config: RunConfig) -> bool:
     """Returns True if a simulation that is killed can go on: all but rounds on a clock, whose clients are at work."""
-    return not policies.get(config.rounds.policy_name).has_clock
+    return not policy_of(config.rounds).has_clock
 
 
 def check_clients(config: RunConfig, clients: Clients) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fedpeft.api.verification import check_records
 from fedpeft.errors import BlobCorrupt, FedpeftError
-from fedpeft.rounds.policies import policies
+from fedpeft.rounds.policies import policy_of
 from fedpeft.rounds.record import Record
 from fedpeft_server.checks.findings import READABLE, Report
 from fedpeft_server.runs.aggregation import way_back
@@ -27,7 +27,7 @@ def check_run(run: RunRow, database: Database, blobs: Blobs, report: Report) -> 
         versions = whole.select_versions(connection, run.id)
         records = whole.select_records(connection, run.id)
         sums = whole.select_sums(connection, run.id)
-    makes_versions = policies.get(run.config.rounds.policy_name).makes_versions
+    makes_versions = policy_of(run.config.rounds).makes_versions
     chain = {record.round: record for record in _check_records(run, records, report, makes_versions=makes_versions)}
     needed = set(range(run.version + 1)) if makes_versions else {run.version}
     for number in sorted(needed - {version.version for version in versions}):

@@ -19,7 +19,7 @@ from fedpeft.privacy.accounting import calibrated
 from fedpeft.process.mapped_files import releaser
 from fedpeft.rounds.combinations import check_combination
 from fedpeft.rounds.commit import write_version
-from fedpeft.rounds.policies import policies
+from fedpeft.rounds.policies import policy_of
 from fedpeft.rpc.wire import config_from_proto, manifest_from_proto, spec_from_proto
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft_server.rpc.messages import RUN_BYTES, run_message
@@ -124,7 +124,7 @@ def _relayed(header: pb.CreateRunHeader, config: RunConfig) -> tuple[str, int] |
         ConfigInvalid: If the run's rounds and what it says of a parent do not go together.
     """
     relays, policy = header.HasField("relays"), config.rounds.policy_name
-    if relays == policies.get(policy).makes_versions:
+    if relays == policy_of(config.rounds).makes_versions:
         text = (
             f"is {policy!r}, whose rounds make versions; a run that relays another has rounds that make sums"
             if relays

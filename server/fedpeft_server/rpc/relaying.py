@@ -19,7 +19,7 @@ from fedpeft.errors import (
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.rounds import record
 from fedpeft.rounds.folding.contributions import sum_manifest
-from fedpeft.rounds.policies import policies
+from fedpeft.rounds.policies import policy_of
 from fedpeft.rpc import chunk_messages
 from fedpeft.rpc.wire import manifest_from_proto, manifest_to_proto
 from fedpeft.v1 import operator_service_pb2 as pb
@@ -155,6 +155,6 @@ class Relaying:
             RunNotRelayed: If its rounds make versions.
         """
         engine = await self._runs.look_up(run)
-        if policies.get(engine.run.config.rounds.policy_name).makes_versions:
+        if policy_of(engine.run.config.rounds).makes_versions:
             raise RunNotRelayed(f"{run} makes its versions itself; only the part of a parent's run is relayed")
         return engine

@@ -38,7 +38,7 @@ from fedpeft.rounds import conduct, screening
 from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, fold_round, roll_back
 from fedpeft.rounds.events import Aggregated, Excluded, Lost, Paused
 from fedpeft.rounds.events import Event as RoundEvent
-from fedpeft.rounds.policies import policies
+from fedpeft.rounds.policies import policy_of
 from fedpeft.rounds.screening import Extent
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.tickets import TicketState
@@ -68,7 +68,7 @@ LOST = "the server lost the update"
 
 def way_back(run: RunRow) -> str:
     """Returns what an operator can do about a version whose file is lost, where no backup has it."""
-    if policies.get(run.config.rounds.policy_name).makes_versions:
+    if policy_of(run.config.rounds).makes_versions:
         return "roll the run back to an earlier version"
     return "stop and delete the run, which the agent creates anew from the parent's"
 
@@ -135,7 +135,7 @@ def aggregate(
             store.distrust(base)
             _stored(run, base, store, stack)
             raise
-        if not policies.get(run.config.rounds.policy_name).makes_versions:
+        if not policy_of(run.config.rounds).makes_versions:
             store.blobs.put(sum_key(run.id, number), Path(scratch, "sum"), outcome.made.sha256)
             return Result(outcome, store.clock.time(), None)
         draw = secrets.token_hex(8) if central_of(run.config) else ""

@@ -25,7 +25,7 @@ from fedpeft.identity.audit import Detail
 from fedpeft.privacy.central import central_of
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.rounds import conduct, events
-from fedpeft.rounds.state_machine import Phase, Round, policies
+from fedpeft.rounds.state_machine import Phase, Round, policy_of
 from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft.rounds.transitions import ACTIVE, RunStatus, changes, effects
 from fedpeft_server.background import Background
@@ -103,7 +103,7 @@ class RunEngine:
         self._folding = Folding(self.actor, store, background, self._round_log, timing)
         if self.active:  # nothing will be counted for the others, which stay for months
             metrics.begin(run.id)
-        if not policies.get(run.config.rounds.policy_name).one_version:
+        if not policy_of(run.config.rounds).one_version:
             byte_counter.show_as_they_pass(run.id)
         self._gauges = RunGauges(metrics)
         self._gauges.show(run, current)
@@ -141,7 +141,7 @@ class RunEngine:
 
     async def start(self) -> None:
         """Takes up the run where the last process left it."""
-        makes_versions = policies.get(self.run.config.rounds.policy_name).makes_versions
+        makes_versions = policy_of(self.run.config.rounds).makes_versions
         if not makes_versions or (central_of(self.run.config) and self.run.version):
             await self._folding.forget_other_draws(self.run.version)
         if self.actor.status.folds:

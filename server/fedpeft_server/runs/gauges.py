@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Gauge
 
-from fedpeft.rounds.state_machine import Phase, Round, policies
+from fedpeft.rounds.state_machine import Phase, Round, policy_of
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.rows import RunRow, RunState
 
@@ -48,7 +48,7 @@ def _show(metrics: Metrics, run: RunRow, current: Round, tickets: int) -> None:
 
 def _show_budget(metrics: Metrics, run: RunRow, current: Round, tickets: int) -> None:
     rounds = run.config.rounds
-    one_version = policies.get(rounds.policy_name).one_version
+    one_version = policy_of(rounds).one_version
     clients = max(rounds.sampled, tickets) if one_version else rounds.clients  # else those of a version
     base = current.base_version
     # A client of the round before holds its base; nobody holds anything before the first one.

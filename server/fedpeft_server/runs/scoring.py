@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from fedpeft.rounds.policies import policies
+from fedpeft.rounds.policies import policy_of
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import FailedEvaluation, RunRow
 from fedpeft_server.store.store import Store
@@ -106,7 +106,7 @@ class Scoring:
 
         What an edge relays is scored where it is made, at the parent's server.
         """
-        makes_versions = policies.get(run.config.rounds.policy_name).makes_versions
+        makes_versions = policy_of(run.config.rounds).makes_versions
         if self._versions.get(run.id) == run.version or not makes_versions:
             return
         self._versions[run.id] = run.version

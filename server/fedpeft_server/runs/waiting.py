@@ -7,7 +7,7 @@ from itertools import islice
 from types import MappingProxyType
 
 from fedpeft.formatting import counted, duration
-from fedpeft.rounds.state_machine import Phase, Round, begins_together, policies
+from fedpeft.rounds.state_machine import Phase, Round, begins_together, policy_of
 from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.store.rows import RunState
@@ -60,7 +60,7 @@ def awaited(
     out = current.tickets.number(TicketState.ISSUED)
     left = f", {max(0, round(current.deadline - now))} s to the deadline" if current.deadline else ""
     has, free = "", "replacements"
-    if not policies.get(config.policy_name).one_version:
+    if not policy_of(config).one_version:
         free = "clients that are free"
         has = f"has {current.tickets.number(TicketState.RECEIVED)} of {counted(config.clients, 'update')} and "
     whom = _some(names, out) if names else free + _others(declined, unanswered)

@@ -175,9 +175,9 @@ async def _download(server: OperatorClient, run: str, version: int, sha256: str,
 
 def _makes_versions(run: run_pb2.Run) -> bool:
     """Returns False if a parent's server makes the versions of a run."""
-    from fedpeft.rounds.policies import policies
+    from fedpeft.rounds.policies import policy_of
 
-    return policies.get(_header(run).config.rounds.policy_name).makes_versions
+    return policy_of(_header(run).config.rounds).makes_versions
 
 
 def _header(run: run_pb2.Run) -> RunHeader:
