@@ -16,7 +16,7 @@ from fedpeft.rounds.transitions import ACTIVE
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import VersionRow
-from fedpeft_server.store.store import Store, state_key, version_key
+from fedpeft_server.store.store import Store, version_files
 
 log = structlog.get_logger()
 
@@ -104,10 +104,7 @@ def _expected(database: Database) -> tuple[bool, list[VersionRow]]:
 
 def _missing(blobs: Blobs, version: VersionRow) -> list[str]:
     """Returns the keys of a version that nothing is under."""
-    keys = [version_key(version.run, version.version, version.source, version.draw)]
-    if version.state_sha256:
-        keys.append(state_key(version.run, version.version, version.source, version.draw))
-    return [key for key in keys if not blobs.has(key)]
+    return [file.key for file in version_files(version) if not blobs.has(file.key)]
 
 
 def _holder(database: Database) -> str:

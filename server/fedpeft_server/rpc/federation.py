@@ -47,7 +47,7 @@ from fedpeft_server.runs.progress import Report, State
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.download_cache import Encoded
 from fedpeft_server.store.rows import AnswerRow, ClientRow, FailedEvaluation, RunRow, UpdateRow
-from fedpeft_server.store.store import Store, version_key
+from fedpeft_server.store.store import Store, file_key
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.incoming import Context, first_header
 from fedpeft_server.uploads.pipeline import Uploads
@@ -222,8 +222,8 @@ class Federation(pb_grpc.FederationServiceServicer):
                     return
                 if request.offset:
                     await self._byte_counter.resumed(self._store, request.offset)
-                key = version_key(engine.run.id, request.version, encoded.row.source, encoded.row.draw)
-                opening = partial(self._store.download_cache.open, engine.run, encoded.row, key, selection)
+                place = encoded.row, file_key(encoded.row)
+                opening = partial(self._store.download_cache.open, engine.run, *place, selection)
                 async with self._downloads.take(client) as slot, self._store.opened_late(opening) as file:
                     CALL.get().slot = slot
                     for offset, length in chunks(request.offset, size):
@@ -239,8 +239,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         if known:
             return known
         row = await self._store.transact(self._store.db.retention.version, run.id, version)
-        key = version_key(run.id, version, row.source, row.draw)
-        return await self._store.version(self._store.download_cache.encoded, run, row, key)
+        return await self._store.version(self._store.download_cache.encoded, run, row, file_key(row))
 
     async def PushUpdate(
         self, request_iterator: AsyncIterator[pb.PushUpdateRequest], context: Context

@@ -39,7 +39,7 @@ from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.rows import ClientRow, Place, RunRow
-from fedpeft_server.store.store import NewVersion, Store, version_key
+from fedpeft_server.store.store import NewVersion, Store, file_key
 from fedpeft_server.timing import Timing
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.incoming import Context, first_header
@@ -187,10 +187,9 @@ class Operator(pb_grpc.OperatorServiceServicer):
         engine = await self._runs.with_version(request.run, request.version)
         number = request.version if request.HasField("version") else engine.run.version
         row = await self._store.transact(self._store.db.retention.version, engine.run.id, number)
-        key = version_key(engine.run.id, number, row.source, row.draw)
         async with (
             engine.noting_corruption(number),
-            self._store.opened(self._store.blobs.open, key, row.sha256, Kind.VERSION) as file,
+            self._store.opened(self._store.blobs.open, file_key(row), row.sha256, Kind.VERSION) as file,
         ):
             if request.offset > row.size_bytes:
                 text = f"is {request.offset}; the file has {row.size_bytes} bytes"

@@ -29,7 +29,7 @@ from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.rows import VersionRow
-from fedpeft_server.store.store import NewVersion, Store, sum_key, version_key
+from fedpeft_server.store.store import NewVersion, Store, file_key, sum_key
 from fedpeft_server.uploads.incoming import Context, first_header
 from fedpeft_server.uploads.pipeline import Uploads
 
@@ -101,8 +101,7 @@ class Relaying:
             )
 
     def _payload_sha256(self, version: VersionRow) -> bytes:
-        key = version_key(version.run, version.version, version.source, version.draw)
-        with self._store.blobs.verified(key, version.sha256, Kind.VERSION) as path:
+        with self._store.blobs.verified(file_key(version), version.sha256, Kind.VERSION) as path:
             return adapter_file.data_sha256(path)
 
     async def sum_of(self, request: pb.DownloadSumRequest) -> AsyncGenerator[pb.DownloadSumResponse | bytes, None]:

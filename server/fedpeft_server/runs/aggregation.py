@@ -35,7 +35,7 @@ from fedpeft.privacy.events import Event
 from fedpeft.process import tracing
 from fedpeft.process.durable import create_eagerly
 from fedpeft.rounds import conduct, screening
-from fedpeft.rounds.commit import RoundEmptied, RunHeader, Stored, Update, fold_round, roll_back
+from fedpeft.rounds.commit import Outcome, RoundEmptied, RunHeader, Stored, Update, fold_round, roll_back
 from fedpeft.rounds.events import Aggregated, Excluded, Lost, Paused
 from fedpeft.rounds.events import Event as RoundEvent
 from fedpeft.rounds.policies import policy_of
@@ -51,7 +51,7 @@ from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.rows import LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
-from fedpeft_server.store.store import Store, state_key, state_prefix, sum_key, version_key, version_prefix
+from fedpeft_server.store.store import Store, file_key, state_file_key, state_prefix, sum_key, version_prefix
 from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
@@ -127,24 +127,30 @@ def aggregate(
     refusals = store_refusals(f"folding round {number} of {run.id} in {store.scratch}")
     with refusals, ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
         updates = _opened(current, received, store, stack)
-        old, state = _stored(run, base, store, stack)
+        old, state = _stored(base, store, stack)
         facts = run_header(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past
         try:
             outcome = fold_round(*facts, ledger=ledger)
         except BlobCorrupt:  # of a file that was verified before: it is reported and set aside as any other
             store.distrust(base)
-            _stored(run, base, store, stack)
+            _stored(base, store, stack)
             raise
         if not policy_of(run.config.rounds).makes_versions:
             store.blobs.put(sum_key(run.id, number), Path(scratch, "sum"), outcome.made.sha256)
             return Result(outcome, store.clock.time(), None)
         draw = secrets.token_hex(8) if central_of(run.config) else ""
+        version = _version(run, number, outcome, store.clock.time(), draw=draw)
         if outcome.state_sha256:
-            store.blobs.put(state_key(run.id, number, draw=draw), Path(scratch, "state"), outcome.state_sha256)
-        store.blobs.put(version_key(run.id, number, draw=draw), Path(scratch, "adapter"), outcome.made.sha256)
-    now, adapter = store.clock.time(), outcome.made
-    made = adapter.sha256, adapter.size_bytes, outcome.state_sha256, now
-    return Result(outcome, now, VersionRow(run.id, number, *made, draw=draw))
+            store.blobs.put(state_file_key(version), Path(scratch, "state"), outcome.state_sha256)
+        store.blobs.put(file_key(version), Path(scratch, "adapter"), outcome.made.sha256)
+    return Result(outcome, version.created_at, version)
+
+
+def _version(
+    run: RunRow, number: int, outcome: Outcome, now: float, source: int | None = None, draw: str = ""
+) -> VersionRow:
+    made = outcome.made
+    return VersionRow(run.id, number, made.sha256, made.size_bytes, outcome.state_sha256, now, source, draw)
 
 
 def _opened(current: Round, received: Mapping[str, UpdateRow], store: Store, stack: ExitStack) -> list[Update]:
@@ -168,26 +174,24 @@ def _opened(current: Round, received: Mapping[str, UpdateRow], store: Store, sta
     return updates
 
 
-def _stored(run: RunRow, version: VersionRow, store: Store, stack: ExitStack) -> tuple[Stored, Stored | None]:
+def _stored(version: VersionRow, store: Store, stack: ExitStack) -> tuple[Stored, Stored | None]:
     """Returns the verified files of a version and of its state, which stay for as long as `stack` is open.
 
     Raises:
         BlobCorrupt: If one is not what was stored.
     """
-    place = run.id, version.version, version.source, version.draw
-    path = stack.enter_context(store.blobs.verified(version_key(*place), version.sha256, Kind.VERSION))
+    path = stack.enter_context(store.blobs.verified(file_key(version), version.sha256, Kind.VERSION))
     if not version.state_sha256:
         return Stored(path, version.sha256), None
-    state = stack.enter_context(store.blobs.verified(state_key(*place), version.state_sha256, Kind.STATE))
+    state = stack.enter_context(store.blobs.verified(state_file_key(version), version.state_sha256, Kind.STATE))
     return Stored(path, version.sha256), Stored(state, version.state_sha256)
 
 
 def forget_other_draws(version: VersionRow, store: Store) -> None:
     """Removes the files beside those of a version that is committed: of folds that drew noise and were not."""
-    own = version.run, version.version, version.source, version.draw
-    store.blobs.keep_only(version_key(*own), version_prefix(version.run, version.version))
+    store.blobs.keep_only(file_key(version), version_prefix(version.run, version.version))
     if version.state_sha256:
-        store.blobs.keep_only(state_key(*own), state_prefix(version.run, version.version))
+        store.blobs.keep_only(state_file_key(version), state_prefix(version.run, version.version))
 
 
 def go_back(
@@ -216,7 +220,7 @@ def go_back(
     """
     refusals = store_refusals(f"going back to version {source.version} of {run.id} in {store.scratch}")
     with refusals, ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
-        old, state = _stored(run, source, store, stack)
+        old, state = _stored(source, store, stack)
         parts = (
             source.version,
             old,
@@ -228,14 +232,13 @@ def go_back(
             epsilon,
         )
         outcome = roll_back(run_header(run), number, *parts)
+        version = _version(run, number, outcome, store.clock.time(), source.version)
         if state:
             copy = shutil.copyfile(state.path, Path(scratch, "state"))
             adapter_file.check_digest(copy, state.sha256)
-            store.blobs.put(state_key(run.id, number, source.version), copy, state.sha256)
-        store.blobs.put(version_key(run.id, number, source.version), Path(scratch, "adapter"))
-    now, adapter = store.clock.time(), outcome.made
-    facts = adapter.sha256, adapter.size_bytes, outcome.state_sha256, now, source.version
-    return Result(outcome, now, VersionRow(run.id, number, *facts))
+            store.blobs.put(state_file_key(version), copy, state.sha256)
+        store.blobs.put(file_key(version), Path(scratch, "adapter"))
+    return Result(outcome, version.created_at, version)
 
 
 class Folding:

@@ -249,9 +249,8 @@ class Store:
 
     def distrust(self, version: VersionRow) -> None:
         """Has the files of a version verified when they are next read, though they were before."""
-        place = version.run, version.version, version.source, version.draw
-        for key in (version_key(*place), state_key(*place)):
-            self.blobs.distrust(key)
+        for file in version_files(version):
+            self.blobs.distrust(file.key)
 
     async def forget_round(self, done: Round, run_id: str) -> None:
         """Removes what a committed round no longer needs; what arrived and was not counted is never needed.
@@ -419,6 +418,16 @@ def state_prefix(run_id: str, version: int) -> str:
     return f"runs/{run_id}/state/{version:06}"
 
 
+def file_key(version: VersionRow) -> str:
+    """Returns the blob key of the file of a version."""
+    return version_key(version.run, version.version, version.source, version.draw)
+
+
+def state_file_key(version: VersionRow) -> str:
+    """Returns the blob key of the state that belongs to a version."""
+    return state_key(version.run, version.version, version.source, version.draw)
+
+
 class BlobFile(NamedTuple):
     """A file that the database names: its kind, its key, and its digest, hexadecimal."""
 
@@ -429,10 +438,9 @@ class BlobFile(NamedTuple):
 
 def version_files(version: VersionRow) -> Iterator[BlobFile]:
     """Yields the files of a version."""
-    place = version.run, version.version, version.source, version.draw
-    yield BlobFile("version", version_key(*place), version.sha256)
+    yield BlobFile("version", file_key(version), version.sha256)
     if version.state_sha256:
-        yield BlobFile("state", state_key(*place), version.state_sha256)
+        yield BlobFile("state", state_file_key(version), version.state_sha256)
 
 
 def sum_files(run_id: str, sums: Mapping[int, str]) -> Iterator[BlobFile]:
