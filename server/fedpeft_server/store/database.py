@@ -265,8 +265,8 @@ class Database:
             now = self.clock.time()
             return [(run, _in_progress(run, rounds.select_newest(connection, run.id), now)) for run in found]
 
-    def conducts(self, run_id: str, clients: Sequence[str] | None = None) -> dict[str, Conduct]:
-        """Returns how clients, or all, used their last tickets of a run; nothing of those that never answered."""
+    def conducts(self, run_id: str, clients: Sequence[str]) -> dict[str, Conduct]:
+        """Returns how clients used their last tickets of a run; nothing of those that never answered."""
         with self._reading() as connection:
             return participation.select_conducts(connection, run_id, clients)
 

@@ -192,7 +192,7 @@ async def history(
             ]
             for shown_round in shown(cluster.stores[0], run)
         ],
-        "conducts": cluster.database.conducts(run),
+        "conducts": {a.client: a.conduct for a in cluster.database.answers() if a.run == run},
     }
 
 

@@ -8,12 +8,11 @@ from typing import Any
 from sqlalchemy import Connection, Row, Text, bindparam, literal_column, or_, select, tuple_, update
 
 from fedpeft_server.store import tables
+from fedpeft_server.store.queries.batches import batches
 from fedpeft_server.store.queries.collation import bytewise
 from fedpeft_server.store.queries.upsert import upsert
 from fedpeft_server.store.rows import ClientRow
 
-_IDS = 500
-"""Most values of one IN (...)."""
 _held = tuple_(tables.clients.c.instance, tables.clients.c.process)
 _FOLLOWED = or_(
     _held == tuple_(bindparam("was_instance", type_=Text), bindparam("was_process", type_=Text)),
@@ -75,8 +74,7 @@ def select_seen(connection: Connection, since: float) -> dict[str, float]:
 
 def select_named(connection: Connection, clients: Sequence[str]) -> list[ClientRow]:
     """Returns those of some clients that are known."""
-    named = (clients[i : i + _IDS] for i in range(0, len(clients), _IDS))
-    queries = (select(tables.clients).where(tables.clients.c.id.in_(some)) for some in named)
+    queries = (select(tables.clients).where(tables.clients.c.id.in_(some)) for some in batches(clients))
     return [_client(row) for query in queries for row in connection.execute(query)]
 
 

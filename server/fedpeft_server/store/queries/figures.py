@@ -6,7 +6,7 @@ What one call reads is bounded by what it is asked for, not by the rounds that a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, and_, case, func,
 from fedpeft.rounds.state_machine import ticket_id
 from fedpeft_server.store import tables
 from fedpeft_server.store.evaluations import merged
+from fedpeft_server.store.queries.batches import batches
 from fedpeft_server.store.queries.collation import bytewise
 from fedpeft_server.store.queries.rounds import stored_round, stored_ticket
 from fedpeft_server.store.queries.runs import select_evaluations, select_last_scored
@@ -27,8 +28,6 @@ RECORDS = 1024 * 1024
 """Most characters of records read at once; they are ASCII, so this is as many bytes as a page may have."""
 _HEAD = [column for column in tables.rounds.c if column is not tables.rounds.c.record]
 """Columns of a round but its record, which may be a megabyte and is read only where it was asked for."""
-IDS = 500
-"""Most values of one IN (...)."""
 
 
 def select_from(
@@ -106,7 +105,7 @@ def select_with(
     if head is None:
         return None
     rows: list[Row[Any]] = []
-    for some in _batches(tickets):
+    for some in batches(tickets):
         rows += connection.execute(_ticket_figures().where(tables.tickets.c.id.in_(some)))
     rows.sort(key=lambda row: row.client)
     return _figures(connection, run, [head], {number: rows}, pending)[0]
@@ -198,15 +197,10 @@ def _sampled(connection: Connection, run: str, keys: Iterable[tuple[int, str]]) 
     """Returns those of some (round number, client) that were given a ticket, each with the round that this is in."""
     t, by_id = tables.tickets, {ticket_id(run, *key): key for key in keys}
     found: list[tuple[tuple[int, str], int]] = []
-    for some in _batches(list(by_id)):
+    for some in batches(list(by_id)):
         rows = connection.execute(select(t.c.id, t.c.counts_in).where(t.c.id.in_(some)))
         found += [(by_id[row.id], row.counts_in) for row in rows]
     return found
-
-
-def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(ids), IDS):
-        yield ids[start : start + IDS]
 
 
 def _ticket(row: Row[Any], pending: Pending) -> TicketFigures:

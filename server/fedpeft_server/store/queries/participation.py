@@ -9,11 +9,10 @@ from sqlalchemy import Connection, Row, bindparam, or_, select, tuple_, update
 
 from fedpeft.rounds.conduct import GOOD, Conduct
 from fedpeft_server.store import tables
+from fedpeft_server.store.queries.batches import batches
 from fedpeft_server.store.queries.upsert import upsert
 from fedpeft_server.store.rows import AnswerRow
 
-_CLIENTS = 500
-"""Most values of one IN (...)."""
 _IS_POOR = or_(*(tables.answers.c[name] != getattr(GOOD, name) for name in ("missed", "missed_in", "refused")))
 
 
@@ -41,8 +40,8 @@ def select_answers(connection: Connection) -> list[AnswerRow]:
 def select_answers_of(connection: Connection, pairs: Sequence[tuple[str, str]]) -> list[AnswerRow]:
     """Returns the answers of those (run, client) that there are."""
     t, found = tables.answers, list[AnswerRow]()
-    for start in range(0, len(pairs), _CLIENTS):
-        query = select(t).where(tuple_(t.c.run, t.c.client).in_(pairs[start : start + _CLIENTS]))
+    for some in batches(pairs):
+        query = select(t).where(tuple_(t.c.run, t.c.client).in_(some))
         found += map(_answer, connection.execute(query))
     return found
 
@@ -52,15 +51,13 @@ def _answer(row: Row[Any]) -> AnswerRow:
     return AnswerRow(row.run, row.client, row.accepted, tuple(row.reasons), row.examples, row.at, conduct)
 
 
-def select_conducts(connection: Connection, run: str, clients: Sequence[str] | None) -> dict[str, Conduct]:
-    """Returns how clients, or all, that answered the offer of a run used their last tickets of it."""
+def select_conducts(connection: Connection, run: str, clients: Sequence[str]) -> dict[str, Conduct]:
+    """Returns how those clients used their last tickets of a run that answered its offer."""
     t, found = tables.answers, dict[str, Conduct]()
     query = select(t.c.client, t.c.missed, t.c.missed_in, t.c.refused).where(t.c.run == run)
-    queries = [query]
-    if clients is not None:
-        queries = [query.where(t.c.client.in_(clients[i : i + _CLIENTS])) for i in range(0, len(clients), _CLIENTS)]
-    for each in queries:
-        found |= {row.client: Conduct(row.missed, row.missed_in, row.refused) for row in connection.execute(each)}
+    for some in batches(clients):
+        rows = connection.execute(query.where(t.c.client.in_(some)))
+        found |= {row.client: Conduct(row.missed, row.missed_in, row.refused) for row in rows}
     return found
 
 

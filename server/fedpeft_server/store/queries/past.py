@@ -13,13 +13,12 @@ from sqlalchemy import Connection, and_, func, select
 from fedpeft.rounds.state_machine import ticket_id
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store import tables
+from fedpeft_server.store.queries.batches import VALUES, batches
 
 ROUNDS_BACK = 20
 """Rounds that are looked at."""
 MOST = 5
 """Updates of a client that count."""
-CLIENTS = 25
-"""Clients of one statement, so that it has no more than 500 values."""
 
 Taken = tuple[float, float | None]
 """Seconds from the issue of a ticket to the receipt of its update, and for a step of its training if it said so."""
@@ -40,8 +39,8 @@ def select_pasts(connection: Connection, run: str, number: int, clients: Sequenc
         .where(t.c.generation == 0, t.c.state == str(TicketState.RECEIVED), r.c.opened_at.is_not(None))
         .order_by(t.c.number.desc())
     )
-    for start in range(0, len(clients), CLIENTS):
-        ids = [ticket_id(run, each, client) for each in numbers for client in clients[start : start + CLIENTS]]
+    for some in batches(clients, VALUES // ROUNDS_BACK):
+        ids = [ticket_id(run, each, client) for each in numbers for client in some]
         for row in connection.execute(query.where(t.c.id.in_(ids))):
             mine = found.setdefault(row.client, [])
             if len(mine) < MOST:

@@ -15,14 +15,13 @@ from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 from fedpeft.rounds.transitions import Changes
 from fedpeft_server.store import stored, tables
+from fedpeft_server.store.queries.batches import batches
 from fedpeft_server.store.queries.runs import existing
 from fedpeft_server.store.queries.upsert import upsert
 from fedpeft_server.store.rows import TicketRow, Traffic, UpdateRow
 
 _ROUND_COLUMNS = ("phase", "opened_at", "deadline", "extensions", "stopped")
 _TICKET_COLUMNS = ("state", "reason", "generation", "counts_in", "issued_at")
-_IDS = 500
-"""Most values of one IN (...)."""
 
 # Statements of every receipt are built once: that takes several times as long as SQLite takes to execute them.
 _INSERT_UPDATE = insert(tables.updates)
@@ -197,10 +196,9 @@ def count_at_least(connection: Connection, least: Mapping[tuple[str, int, str], 
 
 def select_places(connection: Connection, tickets: Iterable[str]) -> dict[str, tuple[str, int, str]]:
     """Returns run, round and client of those of some tickets that exist."""
-    t, wanted, found = tables.tickets, list(tickets), {}
-    for start in range(0, len(wanted), _IDS):
-        some = t.c.id.in_(wanted[start : start + _IDS])
-        for row in connection.execute(select(t.c.id, t.c.run, t.c.number, t.c.client).where(some)):
+    t, found = tables.tickets, {}
+    for some in batches(list(tickets)):
+        for row in connection.execute(select(t.c.id, t.c.run, t.c.number, t.c.client).where(t.c.id.in_(some))):
             found[row.id] = (row.run, row.number, row.client)
     return found
 
