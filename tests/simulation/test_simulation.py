@@ -48,13 +48,15 @@ def test_a_repetition_has_the_same_bytes_whatever_the_order_of_clients(tmp_path,
 
 
 def test_the_norm_of_an_update_is_measured_once(tmp_path, folders, monkeypatch):
-    measured, squared_norm = [], payload.squared_norm
+    measured = []
+    for name in ("squared_norm", "checked_squared_norm"):
+        measure = getattr(payload, name)
 
-    def counted(manifest, data, release=None):
-        measured.append(manifest.sha256)
-        return squared_norm(manifest, data, release)
+        def counted(manifest, data, release=None, measure=measure):
+            measured.append(manifest.sha256)
+            return measure(manifest, data, release)
 
-    monkeypatch.setattr(payload, "squared_norm", counted)
+        monkeypatch.setattr(payload, name, counted)
     simulate(config(), clients(folders), tmp_path)
     assert len(measured) == len(set(measured)) == 2 * 3
 
