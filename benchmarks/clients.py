@@ -21,7 +21,7 @@ from fedpeft import PROTOCOL
 from fedpeft.adapters import payload
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.identity.folder import Identity
-from fedpeft.rpc import wire
+from fedpeft.rpc import chunk_messages, wire
 from fedpeft.rpc.channel import open_channel
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import federation_service_pb2_grpc as pb_grpc
@@ -41,6 +41,18 @@ def random_update(spec: AdapterSpec, seed: int) -> Update:
     tensors = {t.name: rng.standard_normal(t.shape, np.float32) * np.float32(1e-3) for t in spec.sent(1)}
     manifest, data = payload.encode(tensors, spec.sent(1), "float32")
     return wire.manifest_to_proto(manifest), data
+
+
+def stub_of(channel: grpc.aio.Channel) -> pb_grpc.FederationServiceStub:
+    """Returns the calls of a channel; an upload takes chunks as the agent sends them, as bytes of whole messages."""
+    stub = pb_grpc.FederationServiceStub(channel)
+
+    def serialize(message: pb.PushUpdateRequest | bytes) -> bytes:
+        return message if isinstance(message, bytes) else message.SerializeToString()
+
+    answer = pb.PushUpdateResponse.FromString
+    stub.PushUpdate = channel.stream_unary("/fedpeft.v1.FederationService/PushUpdate", serialize, answer)
+    return stub
 
 
 async def push_on(
@@ -65,7 +77,7 @@ async def push(
 ) -> None:
     """Pushes an update, on a connection of its own as the agent does."""
     async with open_channel(server, identity) as channel:
-        await push_on(pb_grpc.FederationServiceStub(channel), metadata, ticket, update)
+        await push_on(stub_of(channel), metadata, ticket, update)
 
 
 async def upload(
@@ -78,8 +90,7 @@ async def upload(
     await call.initial_metadata()
     try:
         for offset in range(start, len(data), CHUNK_BYTES):
-            chunk = tensor_pb2.Chunk(offset=offset, data=data[offset : offset + CHUNK_BYTES])
-            await call.write(pb.PushUpdateRequest(chunk=chunk))
+            await call.write(chunk_messages.write(offset, data[offset : offset + CHUNK_BYTES]))
         await call.done_writing()
     except asyncio.InvalidStateError:
         pass  # the server answered before the last chunk; what it said comes from the call itself

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from clients import PAUSE_S, Update, pull, push_on, random_update
+from clients import PAUSE_S, Update, pull, push_on, random_update, stub_of
 
 from fedpeft import PROTOCOL
 from fedpeft.rpc import wire
@@ -97,7 +97,7 @@ async def join(server: str, count: int, run: str, update: Update) -> dict[str, A
     """All clients until the run is finished; returns the updates pushed, and the calls that were repeated, by code."""
     crowd = Crowd(run, update)
     channels = [open_channel(server) for _ in range(0, count, SHARED_BY)]
-    stubs = [pb_grpc.FederationServiceStub(channel) for channel in channels]
+    stubs = [stub_of(channel) for channel in channels]
     asyncio.get_running_loop().add_reader(sys.stdin, crowd.listen)  # no thread: it would outlive a failure
     async with asyncio.TaskGroup() as group:
         for number in range(count):
@@ -110,7 +110,7 @@ async def join(server: str, count: int, run: str, update: Update) -> dict[str, A
 async def wait_bare(server: str, count: int) -> None:
     """All calls at once; none of them is answered before the server ends."""
     channels = [open_channel(server) for _ in range(0, count, SHARED_BY)]
-    stubs = [pb_grpc.FederationServiceStub(channel) for channel in channels]
+    stubs = [stub_of(channel) for channel in channels]
     calls = [
         stubs[number % len(stubs)].AwaitRound(pb.AwaitRoundRequest(run="run"), metadata=name_of(number)[1])
         for number in range(count)

@@ -23,6 +23,7 @@ from fedpeft.errors import CertificateExpired, FedpeftError, ServerUnreachable
 from fedpeft.identity.folder import Identity
 from fedpeft.rpc import diagnosis, status
 from fedpeft.rpc.channel import NO_RETRIES, open_channel
+from fedpeft.rpc.chunk_messages import WrittenChunk
 from fedpeft.rpc.diagnosis import Trust
 from fedpeft.rpc.probe import Fault, PermanentFault
 from fedpeft.rpc.timing import LONGEST_HOLD_S
@@ -70,10 +71,17 @@ class _Connection:
 
 
 Seen = Callable[[Message], None]
+Sent = Callable[[Message | WrittenChunk], None]
+
+_PUSH_UPDATE = "/fedpeft.v1.FederationService/PushUpdate"
 
 
-def _unseen(_: Message) -> None:
+def _unseen(_: Message | WrittenChunk) -> None:
     """Ignores a message."""
+
+
+def _serialize(message: pb.PushUpdateRequest | WrittenChunk) -> bytes:
+    return message.message if isinstance(message, WrittenChunk) else message.SerializeToString()
 
 
 class Channel:
@@ -106,7 +114,7 @@ class Channel:
         self._cause: Fault | None = None
         self._explained_at: float | None = None
         self._hold_s = 0
-        self.sent: Seen = _unseen
+        self.sent: Sent = _unseen
         self.received: Seen = _unseen
         self.process = process = secrets.token_hex(16)
         self._metadata = grpc.aio.Metadata((CLIENT_KEY, name), (INSTANCE_KEY, instance), (PROCESS_KEY, process))
@@ -193,14 +201,15 @@ class Channel:
         """Begins a download; what goes wrong with it is for `error`."""
         return self._counted(self._line.federation.PullAdapter(request, metadata=self._metadata), self._line)
 
-    def push_update(self) -> grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]:
+    def push_update(self) -> grpc.aio.StreamUnaryCall[pb.PushUpdateRequest | WrittenChunk, pb.PushUpdateResponse]:
         """Begins an upload, on a connection of its own that ends with it; what goes wrong with it is for `error`.
 
         What gRPC has read large messages into stays with a server's connection for as long as that is there.
         """
         own = _Connection(open_channel(self._server, self._identity, _OPTIONS))
         self._old.append(own)
-        return self._counted(own.federation.PushUpdate(metadata=self._metadata), own)
+        push = own.channel.stream_unary(_PUSH_UPDATE, _serialize, pb.PushUpdateResponse.FromString)
+        return self._counted(push(metadata=self._metadata), own)
 
     def error(self, error: grpc.aio.AioRpcError) -> FedpeftError:
         """Returns the error of the tree that a failed call stands for."""

@@ -23,10 +23,12 @@ from fedpeft.errors import (
     UpdateExcluded,
 )
 from fedpeft.process.logs import Log
+from fedpeft.rpc import chunk_messages
+from fedpeft.rpc.chunk_messages import WrittenChunk
 from fedpeft.rpc.end_status import EndStatus
 from fedpeft.rpc.wire import TURN_KEY
 from fedpeft.v1 import federation_service_pb2 as pb
-from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft.v1 import run_pb2
 from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK
@@ -39,7 +41,7 @@ from fedpeft_client.uplink.withdrawals import Withdrawals
 STARTS = 3
 """Most attempts at an upload from its first byte, where its bytes arrive damaged."""
 
-_Call = grpc.aio.StreamUnaryCall[pb.PushUpdateRequest, pb.PushUpdateResponse]
+_Call = grpc.aio.StreamUnaryCall[pb.PushUpdateRequest | WrittenChunk, pb.PushUpdateResponse]
 
 
 class Pusher:
@@ -180,8 +182,7 @@ class Pusher:
 
     async def _send(self, call: _Call, pending: Pending, offset: int) -> None:
         """Sends the payload from `offset` to its end."""
-        for chunk in _chunks(pending, offset):
-            message = pb.PushUpdateRequest(chunk=chunk)
+        for message in _chunks(pending, offset):
             self._channel.sent(message)
             async with asyncio.timeout(self._channel.timing.stall_s):
                 await call.write(message)
@@ -189,9 +190,10 @@ class Pusher:
             await call.done_writing()
 
 
-def _chunks(pending: Pending, offset: int) -> Iterator[tensor_pb2.Chunk]:
-    """Yields the payload from `offset` on."""
+def _chunks(pending: Pending, offset: int) -> Iterator[WrittenChunk]:
+    """Yields the messages with the payload from `offset` on."""
     with pending.payload.open("rb") as file:
         file.seek(offset)
         for begin, length in chunks(offset, pending.header.manifest.payload_bytes):
-            yield tensor_pb2.Chunk(offset=begin, data=file.read(length))
+            data = file.read(length)
+            yield WrittenChunk(chunk_messages.write(begin, data), len(data))

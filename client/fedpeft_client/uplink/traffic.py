@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from google.protobuf.message import Message
 
+from fedpeft.rpc.chunk_messages import WrittenChunk
 from fedpeft.v1 import access_service_pb2 as access_pb
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_client.egress.log import EgressLog
@@ -40,12 +41,15 @@ class Traffic:
         self._contact = contact
         channel.sent, channel.received = self._sent, self._received
 
-    def _sent(self, message: Message) -> None:
+    def _sent(self, message: Message | WrittenChunk) -> None:
+        if isinstance(message, WrittenChunk):
+            self._egress_log.sending(len(message.message))
+            self._metrics.wire_bytes.labels("up").inc(len(message.message))
+            self._metrics.payload_bytes.labels("up").inc(message.data_bytes)
+            return
         size = message.ByteSize()
         (self._egress_log.sending if isinstance(message, BOOKED) else self._egress_log.polling)(size)
         self._metrics.wire_bytes.labels("up").inc(size)
-        if isinstance(message, pb.PushUpdateRequest) and message.HasField("chunk"):
-            self._metrics.payload_bytes.labels("up").inc(len(message.chunk.data))
 
     def _received(self, message: Message) -> None:
         if self._contact:

@@ -32,6 +32,19 @@ class ChunkView:
     data: memoryview
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenChunk:
+    """A message that carries a chunk, written.
+
+    Attributes:
+        message: Its bytes.
+        data_bytes: Size of the data in them.
+    """
+
+    message: bytes
+    data_bytes: int
+
+
 def write(offset: int, data: bytes) -> bytes:
     """Returns the bytes of a message whose field `chunk` has this offset and data: as protobuf writes it."""
     head = (bytes((_OFFSET,)) + _varint(offset) if offset else b"") + bytes((_DATA,)) + _varint(len(data))

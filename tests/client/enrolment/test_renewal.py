@@ -13,7 +13,6 @@ import grpc
 import pytest
 import structlog
 from cryptography import x509
-from google.protobuf.message import Message
 from structlog.testing import LogCapture
 
 from fedpeft.errors import (
@@ -246,7 +245,7 @@ async def test_a_certificate_is_renewed_while_an_upload_is_held_up(
 async def test_a_call_that_was_not_made_holds_no_connection(double: Double, tmp_path: Path) -> None:
     async with Channel(double.server, "noto", INSTANCE, double.enrolled(tmp_path)) as channel:
 
-        def cannot_be_booked(_: Message) -> None:
+        def cannot_be_booked(_: object) -> None:
             raise StateInvalid("cannot write the ledger")
 
         channel.sent = cannot_be_booked

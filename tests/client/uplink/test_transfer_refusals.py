@@ -36,6 +36,7 @@ from fedpeft.errors import (
     UpdateTooLarge,
 )
 from fedpeft.process import logs
+from fedpeft.rpc.chunk_messages import WrittenChunk
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.egress import message_entries
@@ -111,9 +112,9 @@ async def test_an_update_that_arrived_stays_pending_when_the_ledger_cannot_say_s
     egress_log, counted = site.egress_log._file._file, site.channel.sent
     kept, full = os.dup(egress_log), os.open("/dev/full", os.O_WRONLY)
 
-    def fill_the_disk(message: Message) -> None:
+    def fill_the_disk(message: Message | WrittenChunk) -> None:
         counted(message)
-        if isinstance(message, pb.PushUpdateRequest) and message.HasField("chunk"):
+        if isinstance(message, WrittenChunk):
             os.dup2(full, egress_log)
 
     site.channel.sent = fill_the_disk
