@@ -20,7 +20,7 @@ from fedpeft.process.tracing import traced
 from fedpeft_server.parts import Parts, build
 from fedpeft_server.settings import Settings
 from fedpeft_server.startup_checks import tell_lost_versions
-from fedpeft_server.store.rows import AuditEvent
+from fedpeft_server.store.rows import SERVER, AuditEvent
 from fedpeft_server.timing import Timing
 from fedpeft_server.upkeep import Upkeep
 
@@ -86,7 +86,7 @@ async def _take_up(parts: Parts) -> None:
     for evaluator in parts.sessions.evaluators():
         for run_id in runs.participation.accepted_by(evaluator):
             runs.scoring.takes_part(run_id, evaluator)
-    await store.transact(store.db.transactions.write, AuditEvent("server", "server.started", __version__))
+    await store.transact(store.db.transactions.write, AuditEvent(SERVER, "server.started", __version__))
     Upkeep(parts).begin()
 
 

@@ -13,14 +13,12 @@ import structlog
 
 from fedpeft_server.background import Background
 from fedpeft_server.store.retention import RetentionPolicy
-from fedpeft_server.store.rows import VersionRow
+from fedpeft_server.store.rows import SERVER, VersionRow
 from fedpeft_server.store.store import Store, version_files
 from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
 
-SERVER = "server"
-"""The actor of what nobody asked for, in the audit log."""
 SHOWN = 8
 """Most versions that a line of the log names."""
 

@@ -7,7 +7,8 @@ device), so a result is found again whatever study, name or order asks for it, a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -105,7 +106,7 @@ def cells_of(
         DataInvalid: If the data of a cell is not there.
     """
     axes = _chosen(study, only or {})
-    if (number := len(study.seeds) * _product(len(points) for points in axes.values())) > MOST_CELLS:
+    if (number := len(study.seeds) * math.prod(len(points) for points in axes.values())) > MOST_CELLS:
         raise ConfigInvalid(f"the study has {number:,} cells, more than {MOST_CELLS:,}; give fewer points or seeds")
     if unknown := sorted(places.keys() - study.data.keys()):
         raise ConfigInvalid(f"there is no data set {unknown[0]!r}; those of this study: {', '.join(study.data)}")
@@ -151,13 +152,6 @@ def axis_of(key: str, values: Sequence[Any]) -> dict[str, Table]:
     if not points or len(points) != len(values):
         raise ConfigInvalid(f"axis {key!r} has {'a value twice' if points else 'no value'}")
     return points
-
-
-def _product(numbers: Iterator[int]) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
 
 
 def _chosen(study: StudyFile, only: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from fedpeft.errors import SettingsInvalid
 from fedpeft.process.addresses import Address
 
-DEFAULT_LISTEN = "127.0.0.1:7080"
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 EVERYWHERE = frozenset({"0.0.0.0", "::"})
 """Hosts that mean every address of the machine, and that no browser can open."""

@@ -21,10 +21,9 @@ from fedpeft_server.access.admission import Admission
 from fedpeft_server.background import Background
 from fedpeft_server.daemons.presence import Presence
 from fedpeft_server.rpc.sessions import Sessions
-from fedpeft_server.runs.actor import SERVER
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.notices.notices import Notice, Topic
-from fedpeft_server.store.rows import AnswerRow, ClientRow, IdentityRow
+from fedpeft_server.store.rows import SERVER, AnswerRow, ClientRow, IdentityRow
 from fedpeft_server.store.store import Store
 from fedpeft_server.timing import Timing
 

@@ -61,11 +61,6 @@ class Presence:
         self._tells_all = True
         self._has_left = False
 
-    @property
-    def others(self) -> frozenset[str]:
-        """The other daemons that were heard of late, by id."""
-        return frozenset(self._heard)
-
     def began(self) -> None:
         """Begins anew, for what was told before may be lost: everybody is asked, and told."""
         for daemon in list(self._heard):

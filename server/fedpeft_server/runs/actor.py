@@ -31,7 +31,7 @@ from fedpeft.rounds.events import (
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.transitions import Changes, RunState, RunStatus, transition
 from fedpeft_server.runs import audit_trail
-from fedpeft_server.store.rows import AuditEvent, RevisionMoved, RunRow, Transition
+from fedpeft_server.store.rows import SERVER, AuditEvent, RevisionMoved, RunRow, Transition
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import TaskSet, ended
 from fedpeft_server.traffic import ByteCounter
@@ -40,8 +40,6 @@ log = structlog.get_logger()
 
 R = TypeVar("R")
 
-SERVER = "server"
-"""The actor of what nobody asked for, in the audit log."""
 _NOW = {RunState.PAUSED: "paused", RunState.RUNNING: "resumed", RunState.STOPPED: "stopped"}
 
 ATTEMPTS = 100

@@ -45,12 +45,12 @@ from fedpeft.rounds.tickets import TicketState
 from fedpeft.rounds.transitions import RunState, RunStatus
 from fedpeft_server.background import Background
 from fedpeft_server.runs import audit_trail
-from fedpeft_server.runs.actor import SERVER, RunActor
+from fedpeft_server.runs.actor import RunActor
 from fedpeft_server.runs.round_log import RoundLog
 from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.refusals import store_refusals
-from fedpeft_server.store.rows import LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
+from fedpeft_server.store.rows import SERVER, LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, file_key, state_file_key, state_prefix, sum_key, version_prefix
 from fedpeft_server.timing import Timing
 

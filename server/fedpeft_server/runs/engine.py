@@ -31,14 +31,14 @@ from fedpeft.rounds.transitions import ACTIVE, RunStatus, changes, effects
 from fedpeft_server.background import Background
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.runs import receipts
-from fedpeft_server.runs.actor import SERVER, RunActor
+from fedpeft_server.runs.actor import RunActor
 from fedpeft_server.runs.aggregation import Folding, go_back, way_back
 from fedpeft_server.runs.gauges import RunGauges
 from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.runs.participation import Participation
 from fedpeft_server.runs.receipts import Receipt
 from fedpeft_server.runs.round_log import RoundLog
-from fedpeft_server.store.rows import AuditEvent, RunRow, RunState, Transition, UpdateRow, VersionRow
+from fedpeft_server.store.rows import SERVER, AuditEvent, RunRow, RunState, Transition, UpdateRow, VersionRow
 from fedpeft_server.store.store import NewVersion, Store
 from fedpeft_server.tasks import shielded
 from fedpeft_server.timing import Timing

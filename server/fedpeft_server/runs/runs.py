@@ -471,7 +471,7 @@ class Runs:
     async def _show_bytes(self, engine: RunEngine) -> None:
         run, number = engine.run.id, engine.round.number
         snapshot = await self._store.transact(self._store.db.gauge_snapshot, run, number)
-        if (run, number) == (engine.run.id, engine.round.number) and engine.active:
+        if number == engine.round.number and engine.active:
             self._byte_counter.resume(run, number, snapshot.current, snapshot.last)
 
     async def _show_again(self, engine: RunEngine) -> None:

@@ -21,7 +21,7 @@ from fedpeft.identity.audit import Detail
 from fedpeft.identity.subject import Role, Subject
 from fedpeft_server.store.notices.notices import Topic
 from fedpeft_server.store.queries import access
-from fedpeft_server.store.rows import AuditEvent, IdentityRow, TokenRow
+from fedpeft_server.store.rows import SERVER, AuditEvent, IdentityRow, TokenRow
 from fedpeft_server.store.transactions import Transactions
 
 _SHARED_IDS = {Role.CLIENT: Role.EVALUATOR, Role.EVALUATOR: Role.CLIENT}
@@ -147,7 +147,7 @@ class Identities:
             if access.select_identity(connection, subject) is None:
                 _refuse_shared_id(connection, subject)
                 if access.insert_identity(connection, subject):
-                    self._transactions.append(connection, AuditEvent("server", "identity.seen", str(subject)))
+                    self._transactions.append(connection, AuditEvent(SERVER, "identity.seen", str(subject)))
 
     def revoke(
         self, subject: Subject, at: float, reason: str, actor: str, *, unseen: bool = False, left: bool = False

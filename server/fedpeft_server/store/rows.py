@@ -360,6 +360,10 @@ class TicketRow:
     ticket: Ticket
 
 
+SERVER = "server"
+"""The actor of what nobody asked for, in the audit log."""
+
+
 @dataclass(frozen=True, slots=True)
 class AuditEvent:
     """An event for the audit log: an entry before it has its number there.

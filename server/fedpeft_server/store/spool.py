@@ -284,10 +284,6 @@ class Spool:
             del self._held[ticket]
         return True
 
-    def remove(self, ticket: str) -> None:
-        """Removes what is held of a ticket, if anything; its writer may write no more."""
-        self.remove_all((ticket,))
-
     def remove_all(self, tickets: Iterable[str]) -> None:
         """Removes what is held of some tickets; their writers may write no more.
 

@@ -54,7 +54,7 @@ async def federation(
     places = {**others, "database": migrated_postgresql_url, "blobs": f"{s3}/versions", "updates": f"{s3}/updates"}
     daemons = [await start(tmp_path / f"daemon-{number}", **places) for number in range(3)]
     federation = Federation(daemons)
-    await federation.until(lambda daemon: len(daemon.server.presence.others) == 2)
+    await federation.until(lambda daemon: len(daemon.server.presence._heard) == 2)
     return federation
 
 

@@ -77,7 +77,7 @@ async def test_who_waited_with_a_daemon_that_is_gone_waits_no_more(federation: F
     async with asyncio.timeout(5):
         while one.runs.matching.ready(run.id):
             await asyncio.sleep(0.01)
-    assert len(one.presence.others) == 1
+    assert len(one.presence._heard) == 1
 
 
 async def test_an_upload_that_another_daemon_has_begun_goes_on_from_nothing(federation: Federation) -> None:

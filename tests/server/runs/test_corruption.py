@@ -140,7 +140,7 @@ class TestUpdates:
         await alice.push(task.ticket, filled(0.5))
         path = spooled(daemon, run, "alice")
         data = path.read_bytes()
-        await daemon.server.store.file(daemon.server.store.spool.remove, task.ticket)
+        await daemon.server.store.file(daemon.server.store.spool.remove_all, (task.ticket,))
         path.write_bytes(bytes(len(data)))
         store = daemon.server.store.spool
         store._scan()

@@ -25,6 +25,11 @@ KEY = "runs/run-1/versions/000001.safetensors"
 DATA = os.urandom(2 * 1024 * 1024 + 7)
 
 
+def read(blobs: Blobs, key: str) -> bytes:
+    with blobs.local(key) as path:
+        return path.read_bytes()
+
+
 def _place(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
     if name in ("memory", "s3"):
         url = request.getfixturevalue("s3") + "/a/folder" if name == "s3" else "memory:///"
@@ -45,12 +50,12 @@ def test_what_was_put_is_got(blobs: Blobs, tmp_path: Path) -> None:
     for data in (DATA, pieces, source, b""):
         blobs.put(KEY, data)
         wanted = b"" if data == b"" else DATA
-        assert blobs.local_path(KEY).read_bytes() == wanted
+        assert read(blobs, KEY) == wanted
 
 
 def test_what_is_missing_is_said(blobs: Blobs) -> None:
     with pytest.raises(BlobCorrupt, match=f"{KEY}.*backup"):
-        blobs.local_path(KEY)
+        read(blobs, KEY)
 
 
 def test_what_is_there_is_known_without_reading_it(blobs: Blobs) -> None:
@@ -65,14 +70,14 @@ def test_what_is_there_is_known_without_reading_it(blobs: Blobs) -> None:
 def test_deleting_a_folder_leaves_its_neighbours(blobs: Blobs) -> None:
     for key in (KEY, "runs/run-1/records/000001.json", "runs/run-10/records/000001.json"):
         blobs.put(key, b"x")
-        blobs.local_path(key)
+        read(blobs, key)
     blobs.delete_prefix("runs/run-1/")
     blobs.delete_prefix("runs/run-2/")
-    assert blobs.local_path("runs/run-10/records/000001.json").read_bytes() == b"x"
+    assert read(blobs, "runs/run-10/records/000001.json") == b"x"
     with pytest.raises(BlobCorrupt):
-        blobs.local_path(KEY)
+        read(blobs, KEY)
     blobs.put(KEY, b"again")
-    assert blobs.local_path(KEY).read_bytes() == b"again"
+    assert read(blobs, KEY) == b"again"
 
 
 @pytest.fixture
@@ -147,9 +152,11 @@ def test_a_folder_is_deleted_while_other_threads_write(tmp_path: Path) -> None:
 def test_the_cache_of_an_object_store_vanishes_with_it() -> None:
     blobs = Blobs("memory:///")
     blobs.put(KEY, DATA)
-    path = blobs.local_path(KEY)
+    with blobs.local(KEY) as path:
+        pass
     assert path.read_bytes() == DATA
-    assert blobs.local_path(KEY) == path
+    with blobs.local(KEY) as again:
+        assert again == path
     del blobs
     assert not path.exists()
 
@@ -185,8 +192,8 @@ class TestFaults:
             with pytest.raises(DiskFull, match="no room"):
                 blobs.put("second", data)
         with pytest.raises(BlobCorrupt):
-            blobs.local_path("second")
-        assert blobs.local_path("first").read_bytes() == DATA[:500_000]
+            read(blobs, "second")
+        assert read(blobs, "first") == DATA[:500_000]
 
 
 TRACED = """
@@ -245,7 +252,7 @@ def test_killed_between_any_two_instructions_no_blob_is_torn(tmp_path: Path) -> 
     for number in range(len(finished) + 1):
         key = f"runs/run-1/versions/{number}"
         if number in finished or (tmp_path / key).exists():
-            assert blobs.local_path(key).read_bytes() == bytes([number % 256]) * 500_000
+            assert read(blobs, key) == bytes([number % 256]) * 500_000
     blobs.delete_prefix("runs/run-1/")
     assert not (tmp_path / "runs" / "run-1").exists()
 

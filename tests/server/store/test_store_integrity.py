@@ -166,7 +166,8 @@ class TestBlobs:
         with pytest.raises(BlobCorrupt, match=KEY), blobs.verified(KEY, SHA256, Kind.VERSION):
             pass
         assert [one.kind for one in found] == [Kind.COPY, Kind.VERSION]
-        assert blobs.local_path(found[-1].aside).read_bytes() == data
+        with blobs.local(found[-1].aside) as aside:
+            assert aside.read_bytes() == data
         blobs.put(KEY, DATA)
         with blobs.verified(KEY, SHA256, Kind.VERSION) as path:
             assert path.read_bytes() == DATA
@@ -209,4 +210,4 @@ def test_files_that_are_not_trusted_any_more_are_forgotten(tmp_path: Path, monke
         files.note(path, "ab" * 32)
         path.unlink()
         now += TIMING.file_trusted_s / 4
-    assert files.remembered == 5
+    assert len(files._verified) == 5

@@ -122,7 +122,7 @@ class TestUploading:
         for ticket in ("a", "b", "c"):
             send(spool, manifest, data, ticket=ticket)
         with spool.open("b", manifest.sha256) as view:
-            spool.remove("b")
+            spool.remove_all(("b",))
             assert bytes(view) == data
         spool.remove_all(["a", "nobody"])
         assert spool.position("a", manifest.sha256) == 0
@@ -188,7 +188,7 @@ class TestSweeping:
             unlink(path, **options)
 
         monkeypatch.setattr(os, "unlink", slow)
-        thread = threading.Thread(target=spool.remove, args=(TICKET,))
+        thread = threading.Thread(target=spool.remove_all, args=((TICKET,),))
         thread.start()
         assert removing.wait(20)
         send(spool, manifest, data, ticket=others[0])
@@ -465,8 +465,8 @@ class TestAFileThatCannotBeRemoved:
 
     @pytest.mark.parametrize("again", ["clean", "remove"])
     def test_is_removed_once_it_can_be(self, spool: Spool, folder: Path, stuck: Path, again: str) -> None:
-        repeat = spool.clean if again == "clean" else lambda: spool.remove(TICKET)
-        for attempt in (lambda: spool.remove(TICKET), repeat):
+        repeat = spool.clean if again == "clean" else lambda: spool.remove_all((TICKET,))
+        for attempt in (lambda: spool.remove_all((TICKET,)), repeat):
             with pytest.raises(StoreUnavailable, match="cleaning the spool"):
                 attempt()
         stuck.rmdir()
@@ -478,7 +478,7 @@ class TestAFileThatCannotBeRemoved:
     def test_is_not_removed_once_an_upload_has_taken_its_place(self, spool: Spool, stuck: Path) -> None:
         """The making of a run may be repeated, with another adapter too."""
         with pytest.raises(StoreUnavailable):
-            spool.remove(TICKET)
+            spool.remove_all((TICKET,))
         stuck.rmdir()
         manifest, data = update(seed=1)
         path = send(spool, manifest, data)

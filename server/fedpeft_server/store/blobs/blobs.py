@@ -44,7 +44,7 @@ class Blobs:
 
     Args:
         url: A folder, which is made if it does not exist, or a URL: file://, s3://, gs:// or az://.
-        cache: Folder of `local_path` for blobs of an object store, emptied at first; a temporary one if not given.
+        cache: Folder of `local` for blobs of an object store, emptied at first; a temporary one if not given.
         flag: Flag that names the place on the command line, for messages.
         files: Files known to be verified, and the reports of those that are corrupt.
 
@@ -137,10 +137,6 @@ class Blobs:
             sync(folder.parent)
             with self._lock:
                 self._durable.add(folder)
-
-    def local_path(self, key: str) -> Path:
-        """Returns a file that holds the blob: its own in a folder, else a copy that may go once others are read."""
-        return self._own(key) if self._root is not None else self._cache.path(key, partial(self.pieces, key))
 
     @contextmanager
     def local(self, key: str) -> Iterator[Path]:

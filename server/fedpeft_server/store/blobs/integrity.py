@@ -89,11 +89,6 @@ class Integrity:
         self._lock = threading.Lock()
         self._verified: OrderedDict[Path, tuple[_Looks, str, float]] = OrderedDict()
 
-    @property
-    def remembered(self) -> int:
-        """Number of files that are known to be verified."""
-        return len(self._verified)
-
     def fault(self, path: Path, sha256: str) -> str:
         """Returns what is the matter with a file that should have a digest; empty if nothing is.
 
