@@ -81,7 +81,7 @@ async def _take_up(parts: Parts) -> None:
     """Takes up every run where the last process left it, and begins the upkeep."""
     store, runs = parts.store, parts.runs
     await store.set_clock()
-    await tell_lost_versions(store, parts.timing.versions_check_s)
+    await tell_lost_versions(store, parts.timing.store_answer_s)
     await runs.start()
     for evaluator in parts.sessions.evaluators():
         for run_id in runs.participation.accepted_by(evaluator):

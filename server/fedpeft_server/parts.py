@@ -253,7 +253,7 @@ async def _store(settings: Settings, timing: Timing, metrics: Metrics, stack: As
     stack.callback(store.close)
     for place, folder in store.room.folders.items():
         metrics.watch_disk(place, folder)
-    await refuse_unwritable_stores(store, timing.versions_check_s)
+    await refuse_unwritable_stores(store, timing.store_answer_s)
     return store
 
 

@@ -39,9 +39,9 @@ class Timing:
         refusal_quiet_s: The same refusal of the same caller is logged and audited once in so long; others are counted.
         deadline_retry_s: Pause before a deadline's transition that could not be written is tried again.
         fold_retry_s: Pause before a fold that the database did not allow is tried again.
-        version_check_s: Between two looks whether another server has made the version that an update waits for, which
-            counts in the one after it.
-        versions_check_s: An object store has so long, at the start, to say which adapter versions it has.
+        base_version_look_s: Between two looks whether another server has made the version that an update waits for,
+            which counts in the one after it.
+        store_answer_s: An object store has so long, at the start, to say which adapter versions it has.
         traffic_write_s: Between two writes of traffic and presence to the database.
         payload_write_delay_s: Delay of writing traffic after a payload moved; more may move, and is written with it.
         traffic_others_s: Bytes that a download had brought before it went on here are left for so long to the daemon
@@ -102,8 +102,8 @@ class Timing:
     refusal_quiet_s: float = 60.0
     deadline_retry_s: float = 5.0
     fold_retry_s: float = 5.0
-    version_check_s: float = 1.0
-    versions_check_s: float = 10.0
+    base_version_look_s: float = 1.0
+    store_answer_s: float = 10.0
     traffic_write_s: float = 5.0
     payload_write_delay_s: float = 0.5
     traffic_others_s: float = 10.0

@@ -10,24 +10,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
-import shutil
-import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import (
     grpc_environment,  # noqa: F401
-    processes,
 )
 from .mains import CLIENTS
 from .schedule import ENDLESS, LINKS, Fault, Kill, Line, Schedule, Stop
-from .world import Outcome, World
+from .world import Outcome, World, begun
 
 EVERY_S = 29.0
 AWAY_S = 1.0
@@ -83,33 +78,10 @@ class Stretch(World):
         return self._judged(outcome)
 
 
-def begun(name: str, faults: tuple[Fault, ...], chosen: argparse.Namespace) -> Callable[[], Outcome]:
-    """Begins a stretch in a process of its own; returns what waits for its end."""
-    reading, writing = os.pipe()
-    place, parent = Path(tempfile.mkdtemp(prefix="goodput-")), os.getpid()
+def stretch(name: str, faults: tuple[Fault, ...], chosen: argparse.Namespace) -> Callable[[], Outcome]:
+    """Begins a stretch in a process of its own; returns the function that waits for its end."""
     schedule = Schedule(name, faults, rounds=ENDLESS, longest_training_s=chosen.training, wanted=chosen.wanted)
-    child = os.fork()
-    if not child:
-        outcome = Outcome()
-        try:
-            processes.die_with(parent)
-            outcome = Stretch(schedule, place, chosen.minutes * 60).hold()
-        except BaseException:
-            outcome.faults.append(traceback.format_exc())
-        finally:
-            with open(writing, "w") as stream:
-                json.dump(outcome.__dict__, stream)
-            os._exit(0)
-    os.close(writing)
-
-    def ended() -> Outcome:
-        with open(reading) as stream:
-            outcome = Outcome(**json.loads(stream.read()))
-        os.waitpid(child, 0)
-        shutil.rmtree(place)
-        return outcome
-
-    return ended
+    return begun(schedule, lambda schedule, place: Stretch(schedule, place, chosen.minutes * 60))
 
 
 def _told(wait_s: float, at: float, faults: Sequence[Fault]) -> str:
@@ -130,7 +102,7 @@ def main() -> None:
     print(f"faults: {dict(Counter(type(fault).__name__ for fault in faults))}", flush=True)
     committed = {}
     stretches = {
-        name: (happening, begun(name, happening, chosen))
+        name: (happening, stretch(name, happening, chosen))
         for name, happening in (("without faults", ()), ("under faults", faults))
     }
     for name, (happening, ended) in stretches.items():  # at the same time, so that the machine is as busy for both

@@ -81,6 +81,11 @@ def held(schedule: Schedule, keep: str = "") -> Outcome:
     """
     if schedule.are_several:
         shared_places.prepare()
+    return begun(schedule, World, keep)()
+
+
+def begun(schedule: Schedule, make: Callable[[Schedule, Path], World], keep: str = "") -> Callable[[], Outcome]:
+    """Begins to hold the world that `make` makes, as `held`; returns the function that waits for its end."""
     reading, writing = os.pipe()
     place, parent = Path(tempfile.mkdtemp(prefix="chaos-")), os.getpid()
     child = os.fork()
@@ -89,7 +94,7 @@ def held(schedule: Schedule, keep: str = "") -> Outcome:
         try:
             processes.die_with(parent)
             os.close(reading)
-            outcome = World(schedule, place).hold()
+            outcome = make(schedule, place).hold()
         except BaseException:
             outcome.faults.append(traceback.format_exc())
         finally:
@@ -99,11 +104,15 @@ def held(schedule: Schedule, keep: str = "") -> Outcome:
                 json.dump(outcome.__dict__, stream)
             os._exit(0)
     os.close(writing)
-    with open(reading) as stream:
-        said = stream.read()
-    os.waitpid(child, 0)
-    shutil.rmtree(place)  # by now without the disks that were mounted in it
-    return Outcome(**json.loads(said)) if said else Outcome(["the process died"])
+
+    def ended() -> Outcome:
+        with open(reading) as stream:
+            said = stream.read()
+        os.waitpid(child, 0)
+        shutil.rmtree(place)  # by now without the disks that were mounted in it
+        return Outcome(**json.loads(said)) if said else Outcome(["the process died"])
+
+    return ended
 
 
 class World:

@@ -4,7 +4,7 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from fedpeft.rounds.record import FORMAT, PARTLY, PLAIN, Excluded, Record, digest, parse
+from fedpeft.rounds.record import PARTLY, PLAIN, SUM, Excluded, Record, digest, parse
 from fedpeft.rounds.screening import NormBound
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "record.md").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ def test_every_field_is_listed() -> None:
     )
     assert first == ["format", *(f.name for f in fields(Record) if f.default is MISSING)]
     assert f"`format` | {PLAIN}; {PARTLY} for" in PAGE
-    assert f"format {FORMAT}" in PAGE
+    assert f"format {SUM}" in PAGE
     assert second == [f.name for f in fields(parse(EXAMPLE).contributions[0])]
     assert third == [f.name for f in fields(Record) if f.default is not MISSING]
     assert all(f"`{f.name}`" in PAGE for cls in (Excluded, NormBound) for f in fields(cls))

@@ -21,7 +21,7 @@ from fedpeft.errors import BlobCorrupt
 from fedpeft.privacy.events import Event
 from fedpeft.rounds.screening import NormBound
 
-PLAIN, PARTLY, FULL, FORMAT = 1, 2, 3, 4
+PLAIN, PARTLY, FULL, SUM = 1, 2, 3, 4
 """Format 1 has no keys but those of a round of which everything was folded; 2 is for the others, 3 for rounds with a
 stale update, sections beside the adapter, or events; 4 for rounds that made a sum."""
 _OPTIONAL = ("excluded", "bound", "rolled_back_to", "sections", "events", "sum_sha256")
@@ -123,7 +123,7 @@ class Record:
                 form = FULL
             else:
                 del contribution["staleness"]
-        form = FORMAT if self.sum_sha256 else form
+        form = SUM if self.sum_sha256 else form
         return json.dumps(
             {"format": form, **{key: value for key, value in data.items() if key not in unsaid}},
             sort_keys=True,
@@ -153,8 +153,8 @@ def parse(record_json: str) -> Record:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         fault = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise BlobCorrupt(f"this is not the record of a round: {fault}") from None
-    if form not in (PLAIN, PARTLY, FULL, FORMAT):
-        raise BlobCorrupt(f"the record has format {form!r}; this version reads {PLAIN} to {FORMAT}")
+    if form not in (PLAIN, PARTLY, FULL, SUM):
+        raise BlobCorrupt(f"the record has format {form!r}; this version reads {PLAIN} to {SUM}")
     if record.to_json() != record_json:
         raise BlobCorrupt(f"the record of round {record.round} is not in canonical form")
     return record

@@ -13,7 +13,7 @@ from fedpeft_server.runs.aggregation import way_back
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.queries import whole
-from fedpeft_server.store.rows import Retention, RunRow, VersionRow
+from fedpeft_server.store.rows import FileState, RunRow, VersionRow
 from fedpeft_server.store.store import BlobFile, sum_files, version_files
 
 RESTORE_DATABASE = "restore the database from a backup"
@@ -42,7 +42,7 @@ def check_run(run: RunRow, database: Database, blobs: Blobs, report: Report) -> 
             report.looked_at["removed version"] += 1
     for file, cure in files:
         _check_file(file, cure, blobs, report)
-    removing = [version for version in versions if version.retention is Retention.REMOVING]
+    removing = [version for version in versions if version.retention is FileState.REMOVING]
     return {file.key for file, _ in files} | {file.key for version in removing for file in version_files(version)}
 
 

@@ -190,7 +190,7 @@ class RunEngine:
                 if self.run.state is not RunState.RUNNING or self._lobby.is_closed:
                     raise
             with suppress(TimeoutError):  # another server may have made it
-                async with asyncio.timeout(self._timing.version_check_s):
+                async with asyncio.timeout(self._timing.base_version_look_s):
                     await moved.wait()
 
     async def _receive(self, receipt: Receipt) -> UpdateRow:

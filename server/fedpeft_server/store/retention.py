@@ -17,7 +17,7 @@ from fedpeft_server.store.evaluations import merged
 from fedpeft_server.store.notices.notices import Topic
 from fedpeft_server.store.queries import retention as queries
 from fedpeft_server.store.queries.runs import select_evaluations, select_version
-from fedpeft_server.store.rows import AuditEvent, Retention, VersionRow
+from fedpeft_server.store.rows import AuditEvent, FileState, VersionRow
 from fedpeft_server.store.transactions import Transactions
 
 BATCH = 256
@@ -41,7 +41,7 @@ class RetentionPolicy:
 
     def decide(
         self, candidates: Collection[int], scores: Mapping[int, Score], pinned: Collection[int]
-    ) -> dict[int, Retention]:
+    ) -> dict[int, FileState]:
         """Returns the states of versions that are not among the newest.
 
         Args:
@@ -53,10 +53,10 @@ class RetentionPolicy:
         best = max(scored, key=lambda version: (scores[version], -version), default=None)
         return {version: self._state(version, held=version == best or version in pinned) for version in candidates}
 
-    def _state(self, version: int, *, held: bool) -> Retention:
+    def _state(self, version: int, *, held: bool) -> FileState:
         if held:
-            return Retention.HELD
-        return Retention.KEPT if self.every and version % self.every == 0 else Retention.REMOVING
+            return FileState.HELD
+        return FileState.KEPT if self.every and version % self.every == 0 else FileState.REMOVING
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,8 @@ class VersionRetention:
             newest, first = standing
             end = newest - policy.newest + 1
             until = max(first, min(end, first + BATCH))
-            known = {row.version: Retention.HELD for row in queries.select_in(connection, run, Retention.HELD)}
-            known |= dict.fromkeys(queries.select_between(connection, run, first, until), Retention.KEPT)
+            known = {row.version: FileState.HELD for row in queries.select_in(connection, run, FileState.HELD)}
+            known |= dict.fromkeys(queries.select_between(connection, run, first, until), FileState.KEPT)
             if not known and until == first:
                 return Step()
             pinned = queries.select_bases(connection, run, newest + 1)
@@ -102,7 +102,7 @@ class VersionRetention:
             queries.put_states(connection, run, {v: state for v, state in states.items() if state is not known[v]})
             if until > first:
                 queries.put_standing(connection, run, until)
-            removing = tuple(sorted(v for v, state in states.items() if state is Retention.REMOVING))
+            removing = tuple(sorted(v for v, state in states.items() if state is FileState.REMOVING))
             self._tell(connection, run, removing, by)
             return Step(removing, until < end)
 
@@ -115,17 +115,17 @@ class VersionRetention:
     def removing(self, run: str) -> list[VersionRow]:
         """Returns versions whose files are to be removed, at most `BATCH`."""
         with self._transactions.read() as connection:
-            return queries.select_in(connection, run, Retention.REMOVING, BATCH)
+            return queries.select_in(connection, run, FileState.REMOVING, BATCH)
 
     def removed(self, run: str, versions: Sequence[int]) -> None:
         """Writes that the files of versions are removed."""
         with self._transactions.begin() as connection:
-            queries.put_states(connection, run, dict.fromkeys(versions, Retention.REMOVED))
+            queries.put_states(connection, run, dict.fromkeys(versions, FileState.REMOVED))
 
     def runs_removing(self) -> list[str]:
         """Returns the runs that have versions whose files are to be removed."""
         with self._transactions.read() as connection:
-            return queries.select_runs_in(connection, Retention.REMOVING)
+            return queries.select_runs_in(connection, FileState.REMOVING)
 
     def all_removed(self) -> list[tuple[str, int]]:
         """Returns run and number of all versions whose files are removed, or about to be."""

@@ -58,7 +58,7 @@ class RunRow:
     relay: str = ""
 
 
-class Retention(StrEnum):
+class FileState(StrEnum):
     """State of a version's files."""
 
     KEPT = ""
@@ -88,17 +88,17 @@ class VersionRow:
     created_at: float
     source: int | None = None
     draw: str = ""
-    retention: Retention = Retention.KEPT
+    retention: FileState = FileState.KEPT
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> VersionRow:
         """Returns the version of a row of the table."""
-        return cls(**{**row, "retention": Retention(row["retention"])})
+        return cls(**{**row, "retention": FileState(row["retention"])})
 
     @property
     def has_files(self) -> bool:
         """True if its files are there, and are not about to be removed."""
-        return self.retention in (Retention.KEPT, Retention.HELD)
+        return self.retention in (FileState.KEPT, FileState.HELD)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ versions = Table(
     # Names the file of a fold that drew noise, or of the first version of a relayed run, which two callers may create
     # at the same time; empty where the same bytes are made every time.
     Column("draw", String(16), nullable=False, server_default=""),
-    # `rows.Retention`; empty where nothing was decided, or the version is kept.
+    # `rows.FileState`; empty where nothing was decided, or the version is kept.
     Column("retention", String(8), nullable=False, server_default=""),
     Index("ix_versions_retention_run_version", "retention", "run", "version"),
 )

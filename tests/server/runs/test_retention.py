@@ -19,7 +19,7 @@ from fedpeft_operator.cli.session import Session
 from fedpeft_server.commands import backup, check
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.retention import BATCH, RetentionPolicy
-from fedpeft_server.store.rows import Retention, RunState
+from fedpeft_server.store.rows import FileState, RunState
 from fedpeft_server.timing import TIMING
 
 from ..conftest import Daemon, RawClient, StartDaemon, config, fault, filled, refused
@@ -29,7 +29,7 @@ from .test_rollback import back, hold
 from .test_scoring import evaluator, push
 
 FAST = pytest.mark.timed(removal_delay_s=0.02)
-KEPT, HELD, REMOVING = Retention.KEPT, Retention.HELD, Retention.REMOVING
+KEPT, HELD, REMOVING = FileState.KEPT, FileState.HELD, FileState.REMOVING
 
 
 def files(daemon: Daemon, run: str, kind: str = "versions") -> list[int]:

@@ -100,7 +100,7 @@ async def test_an_object_store_that_does_not_answer_holds_up_no_start(
     monkeypatch.setattr(Blobs, "try_writing", lambda place: None if place.is_folder else answers.wait(30))
     try:
         with capture_logs() as lines:
-            await start(timing=Timing(versions_check_s=0.1), updates="memory:///")
+            await start(timing=Timing(store_answer_s=0.1), updates="memory:///")
     finally:
         answers.set()
     (line,) = said(lines, AWAY)

@@ -13,7 +13,7 @@ from fedpeft_server.store import tables
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.queries.runs import insert_version
 from fedpeft_server.store.retention import RetentionPolicy, Step
-from fedpeft_server.store.rows import Retention
+from fedpeft_server.store.rows import FileState
 from fedpeft_server.timing import TIMING
 
 from ..rows import RUN, opened, run_row, version_row, write
@@ -28,8 +28,8 @@ def made(database: Database, newest: int) -> Database:
     return database
 
 
-def states(database: Database) -> dict[Retention, list[int]]:
-    found: dict[Retention, list[int]] = {}
+def states(database: Database) -> dict[FileState, list[int]]:
+    found: dict[FileState, list[int]] = {}
     for number in range(10):
         found.setdefault(database.version(RUN, number).retention, []).append(number)
     return found
@@ -47,10 +47,10 @@ def test_a_version_is_decided_on_once_and_the_best_again(with_run: Database) -> 
     assert [row.version for row in retention.removing(RUN)] == [1, 2, 3, 4, 6]
     retention.removed(RUN, [1, 2])
     assert states(with_run) == {
-        Retention.KEPT: [0, 5, 8, 9],
-        Retention.HELD: [7],
-        Retention.REMOVING: [3, 4, 6],
-        Retention.REMOVED: [1, 2],
+        FileState.KEPT: [0, 5, 8, 9],
+        FileState.HELD: [7],
+        FileState.REMOVING: [3, 4, 6],
+        FileState.REMOVED: [1, 2],
     }
     assert retention.runs_removing() == [RUN]
     assert sorted(retention.all_removed()) == [(RUN, number) for number in (1, 2, 3, 4, 6)]

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, select, update
 
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store import tables
-from fedpeft_server.store.rows import Retention, VersionRow
+from fedpeft_server.store.rows import FileState, VersionRow
 
 _PINS = (str(TicketState.ISSUED), str(TicketState.RECEIVED))
 
@@ -34,7 +34,7 @@ def put_standing(connection: Connection, run: str, retained_from: int) -> None:
     connection.execute(update(tables.runs).where(tables.runs.c.id == run).values(retained_from=retained_from))
 
 
-def select_in(connection: Connection, run: str, state: Retention, most: int | None = None) -> list[VersionRow]:
+def select_in(connection: Connection, run: str, state: FileState, most: int | None = None) -> list[VersionRow]:
     """Returns the versions of a run in a state, oldest first."""
     t = tables.versions
     query = select(t).where(t.c.retention == str(state), t.c.run == run).order_by(t.c.version).limit(most)
@@ -48,7 +48,7 @@ def select_between(connection: Connection, run: str, first: int, end: int) -> li
     return list(connection.execute(query).scalars())
 
 
-def put_states(connection: Connection, run: str, states: Mapping[int, Retention]) -> None:
+def put_states(connection: Connection, run: str, states: Mapping[int, FileState]) -> None:
     """Writes the states of versions."""
     t = tables.versions
     for state in sorted(set(states.values())):
@@ -64,7 +64,7 @@ def select_bases(connection: Connection, run: str, number: int) -> set[int]:
     return {issued_in - 1 for issued_in in connection.execute(query).scalars()}
 
 
-def select_runs_in(connection: Connection, state: Retention) -> list[str]:
+def select_runs_in(connection: Connection, state: FileState) -> list[str]:
     """Returns the runs that have versions in a state."""
     t = tables.versions
     return list(connection.execute(select(t.c.run).where(t.c.retention == str(state)).distinct()).scalars())
@@ -73,7 +73,7 @@ def select_runs_in(connection: Connection, state: Retention) -> list[str]:
 def select_removed(connection: Connection) -> list[tuple[str, int]]:
     """Returns run and number of all versions whose files are removed, or about to be."""
     t = tables.versions
-    states = (str(Retention.REMOVING), str(Retention.REMOVED))
+    states = (str(FileState.REMOVING), str(FileState.REMOVED))
     rows = connection.execute(select(t.c.run, t.c.version).where(t.c.retention.in_(states)))
     return [(row.run, row.version) for row in rows]
 
@@ -81,7 +81,7 @@ def select_removed(connection: Connection) -> list[tuple[str, int]]:
 def select_nearest(connection: Connection, run: str, version: int) -> Sequence[int]:
     """Returns the nearest versions before and after one whose files are there."""
     t, before, after = tables.versions, list[int](), list[int]()
-    for state in (Retention.KEPT, Retention.HELD):
+    for state in (FileState.KEPT, FileState.HELD):
         there = select(t.c.version).where(t.c.retention == str(state), t.c.run == run)
         down = there.where(t.c.version < version).order_by(t.c.version.desc()).limit(1)
         up = there.where(t.c.version > version).order_by(t.c.version).limit(1)
