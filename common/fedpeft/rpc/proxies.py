@@ -7,7 +7,7 @@ lists hosts and domains that are reached directly. What is on this machine alway
 from __future__ import annotations
 
 import base64
-import urllib.request
+import os
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
@@ -54,11 +54,13 @@ def proxy_of(server: Address, *, secured: bool) -> Proxy | None:
     Raises:
         SettingsInvalid: If the variable does not hold http://[USER:PASSWORD@]HOST[:PORT].
     """
-    named = urllib.request.getproxies_environment()
-    found = named.get("https" if secured else "http") or named.get("all")
-    if not found or server.is_loopback or urllib.request.proxy_bypass(server.host):
+    if server.is_loopback or not any(name.lower().endswith("_proxy") for name in os.environ):
         return None
-    return _parsed(found)
+    from urllib import request  # and with it `http` and `email`, which a command would wait for
+
+    named = request.getproxies_environment()
+    found = named.get("https" if secured else "http") or named.get("all")
+    return None if not found or request.proxy_bypass(server.host) else _parsed(found)
 
 
 def _parsed(text: str) -> Proxy:
