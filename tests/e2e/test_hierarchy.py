@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,45 @@ def test_a_second_agent_of_an_edge_is_refused(federations: Callable[[str], Edge]
     (name,) = {client for each in rounds_of(parent, run) for client in each["clients"]}
     assert worked.log.stem == name
     assert [each["metrics"]["train_examples"] for each in rounds_of(parent, run)] == [16, 16]
+
+
+@pytest.mark.slow
+def test_a_parent_that_makes_a_version_again_is_found_out(federations: Callable[[str], Edge]) -> None:
+    """Its database is restored from a backup, and other clients make version 1 than before."""
+    parent, edge = federations("parent"), federations("edge")
+    write_site(parent.folder / "carol" / "data.parquet", 2)
+    parent.run_file.write_text(run_file(1, count=3).replace("300", "20").replace("steps = 3", "steps = 200"))
+    daemon = parent.server()
+    edge.server()
+    run = parent.create()
+    daemon.kill()
+    shutil.copytree(parent.folder / "server", parent.folder / "backup")
+    daemon = parent.server()
+    agent, alice = edge.agent(parent, clients=1), edge.client("alice")
+    wait_for(lambda: agent.events("version is supplied to the edge"), "version 1 at the edge")
+    for each in (agent, alice):
+        edge.kill(each)
+    daemon.kill()
+    shutil.rmtree(parent.folder / "server")
+    shutil.move(parent.folder / "backup", parent.folder / "server")
+    parent.server()
+    carol = parent.client("carol")
+    wait_for(lambda: parent.show(run)["version"] == 1, "another version 1 at the parent")
+    parent.kill(carol)
+    agent, alice = edge.agent(parent, clients=1), edge.client("alice")
+    (said,) = wait_for(lambda: agent.events("the edge's version is not the parent's of that number"), "a word")
+    wait_for(lambda: agent.events("the edge's run is paused, with that for its reason"), "a pause")
+    shown = edge.show(run)
+    assert (shown["state"], shown["reason"]) == ("paused", said["cause"])
+    assert "stop and delete the run here" in said["cause"]
+    for verb in ("stop", "delete"):
+        edge.fedpeft("run", verb, run)
+    assert alice.process.wait(WAIT_S) == 0, "its run was stopped"
+    wait_for(lambda: agent.events("run is created at the edge"), "the run anew, from the parent's version")
+    edge.client("alice")
+    edge.end()
+    assert parent.show(run)["state"] == "completed"
+    assert [each["clients"] for each in rounds_of(parent, run)] == [["carol"], ["edge"], ["edge"]]
 
 
 @pytest.mark.slow

@@ -173,9 +173,10 @@ class EdgeRound:
         try:
             self._run = await supply(server, self._options, ours.version)
         except VersionDiffers as error:
-            self._log.error("the edge's run is paused: its version is not the parent's", cause=error.message)
+            self._log.error("the edge's version is not the parent's of that number", cause=error.message)
             if self._run.state == run_pb2.RUN_STATE_RUNNING:
                 await server.pause(ours.run.id, error.message)
+                self._log.warning("the edge's run is paused, with that for its reason")
             raise TrainingFailed(
                 f"the edge has another version {ours.version.number} of the run than this server, which made it again, "
                 "as after a restore from a backup; the run is to be stopped and deleted at the edge"
