@@ -25,6 +25,8 @@ COSTS: dict[str, Any] = json.loads((Path(__file__).parent / "unit_costs.json").r
 DAY_S = 86_400
 PEAK_S = 60
 """Peaks are means of a minute."""
+DRAWS = 1000
+"""A sample is given up after so many draws of eight times as many devices."""
 LIMITS = {"memory_gb": 8.0, "transactions_s": 1000.0, "bucket_requests_s": 3500.0}
 """Assumed: memory of a machine, transactions of a PostgreSQL on its own disk, requests of an S3 under one prefix."""
 PRICES = {"daemon_h": 0.10, "database_month": 300.0, "million_puts": 5.0, "gigabyte_out": 0.09}
@@ -52,6 +54,7 @@ SHOWN = {
 """Rows of the first table: what each is called, and its unit."""
 
 Seconds = NDArray[np.float64]
+Devices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -192,11 +195,17 @@ class Simulation:
             np.add.at(self.arrivals, new, 1)
         return np.cumsum(moves)[:-1]
 
-    def _sample(self, now: float, number: int) -> Seconds:
-        """Draws devices that are there and not at work; returns when each of them leaves."""
+    def _sample(self, now: float, number: int) -> tuple[Devices, Seconds]:
+        """Draws devices that are there and not at work; returns them, and when each of them leaves.
+
+        Raises:
+            RuntimeError: If hardly any are.
+        """
         chosen: list[int] = []
         leaves: list[float] = []
-        while len(chosen) < number:
+        for _ in range(DRAWS):
+            if len(chosen) == number:
+                return np.array(chosen), np.array(leaves)
             drawn = self._rng.integers(0, self.scenario.devices, 8 * number)
             ends = np.full(drawn.size, -np.inf)
             for begin, end in zip(self._begins, self._ends, strict=True):
@@ -207,8 +216,7 @@ class Simulation:
                     self._busy_until[device] = np.inf
                     chosen.append(int(device))
                     leaves.append(float(end))
-        self._chosen = np.array(chosen)
-        return np.array(leaves)
+        raise RuntimeError(f"{len(chosen)} of {number} devices are there and free after {DRAWS} draws")
 
     def run(self, daemons: int) -> None:
         """Holds the rounds of both days."""
@@ -225,14 +233,14 @@ class Simulation:
     def _round(self, now: float, daemons: int) -> float:
         """Holds a round that opens now; returns when its version is there."""
         s, rng = self.scenario, self._rng
-        leaves = self._sample(now, s.sampled)
+        chosen, leaves = self._sample(now, s.sampled)
         turns = np.arange(s.sampled) // (daemons * s.transfers)
         pulled = now + (turns + 1) * transfer_s(s)
         self._count(self.pulls, pulled)
         trained = pulled + s.train_s * np.exp(s.train_spread * rng.standard_normal(s.sampled))
         sent = trained + transfer_s(s)
         sends = (rng.random(s.sampled) >= s.dropped) & (sent < leaves)
-        self._busy_until[self._chosen] = np.where(sends, sent, np.minimum(trained, leaves))
+        self._busy_until[chosen] = np.where(sends, sent, np.minimum(trained, leaves))
         receipts = np.sort(sent[sends])[: s.clients]
         self._count(self.uploads, receipts)
         return float(receipts[-1]) + s.clients * COSTS["processor_s"]["commit"]

@@ -40,6 +40,12 @@ def test_more_than_any_number_of_daemons_can_hold_is_said(federation):
         federation.daemons_for(s, replace(load, arrivals=1e6 * load.arrivals))
 
 
+def test_a_day_with_too_few_devices_ends(federation):
+    simulation = federation.Simulation(replace(federation.Scenario(), devices=50))
+    with pytest.raises(RuntimeError, match="devices are there and free"):
+        simulation.run(1)
+
+
 def test_an_s3_that_does_not_start_is_said_with_its_log(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "scaling")

@@ -238,7 +238,7 @@ class EdgeRound:
 
     def _report(self) -> None:
         received, wanted = self._received(), self._run.config.rounds.clients or self._options.clients
-        begun = sum(PARTS * each.step // each.steps for each in self._run.awaited if each.step <= each.steps != 0)
+        begun = sum(PARTS * each.step // each.steps for each in self._run.awaited if 0 < each.steps >= each.step)
         steps = PARTS * wanted
         self._progress(
             {"step": min(PARTS * received + begun, steps), "steps": steps, "updates": received, "of": wanted}

@@ -108,7 +108,7 @@ class Channel:
         self.timing = timing
         self._server = server
         self._identity = identity
-        self._line = _Connection(open_channel(server, identity, _OPTIONS))
+        self._connection = _Connection(open_channel(server, identity, _OPTIONS))
         self._leaving: set[asyncio.Task[None]] = set()
         self._old: list[_Connection] = []
         self._cause: Fault | None = None
@@ -128,24 +128,24 @@ class Channel:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for line in (*self._old, self._line):
-            await line.channel.close()
+        for connection in (*self._old, self._connection):
+            await connection.channel.close()
         await asyncio.gather(*self._leaving)
 
     def reopen(self, identity: Identity) -> None:
         """Makes every later call with another certificate; those under way go on as they are."""
         self._identity = identity
-        old, self._line = self._line, _Connection(open_channel(self._server, identity, _OPTIONS))
+        old, self._connection = self._connection, _Connection(open_channel(self._server, identity, _OPTIONS))
         self._old.append(old)
         self._tidy(old)
 
     async def leave(self, request: access_pb.LeaveRequest) -> access_pb.LeaveResponse:
         """Takes this client out for good."""
-        return await self._call(access_pb_grpc.AccessServiceStub(self._line.channel).Leave, request)
+        return await self._call(access_pb_grpc.AccessServiceStub(self._connection.channel).Leave, request)
 
     async def register(self, request: pb.RegisterRequest) -> pb.RegisterResponse:
         """Announces the client."""
-        return await self._call(self._line.federation.Register, request)
+        return await self._call(self._connection.federation.Register, request)
 
     async def await_round(
         self, run: str, *, until_finished: bool, left_out: Iterable[str] = ()
@@ -157,18 +157,18 @@ class Channel:
         hold_s, self._hold_s = self._hold_s, 0
         request = pb.AwaitRoundRequest(run=run, until_finished=until_finished, left_out=left_out, hold_s=hold_s)
         await_s = max(self.timing.await_s, self.timing.call_s + hold_s)
-        answer = await self._call(self._line.federation.AwaitRound, request, await_s)
+        answer = await self._call(self._connection.federation.AwaitRound, request, await_s)
         check_answer(answer, run)
         self._hold_s = min(answer.idle.hold_s, int(LONGEST_HOLD_S))
         return answer
 
     async def answer_offer(self, request: pb.AnswerOfferRequest) -> None:
         """Sends the answer to an offer: whether this client takes part in the run."""
-        await self._call(self._line.federation.AnswerOffer, request)
+        await self._call(self._connection.federation.AnswerOffer, request)
 
     async def check_runs(self, request: pb.CheckRunsRequest) -> pb.CheckRunsResponse:
         """Asks in which state runs are."""
-        return await self._call(self._line.federation.CheckRuns, request)
+        return await self._call(self._connection.federation.CheckRuns, request)
 
     async def get_upload(self, ticket: str, sha256: bytes, progress: TrainingProgress = NONE) -> pb.GetUploadResponse:
         """Asks where an upload stands, and says how far the training is."""
@@ -180,15 +180,15 @@ class Channel:
             updates=progress.updates,
             updates_wanted=progress.wanted,
         )
-        return await self._call(self._line.federation.GetUpload, request)
+        return await self._call(self._connection.federation.GetUpload, request)
 
     async def withdraw(self, request: pb.WithdrawRequest) -> pb.WithdrawResponse:
         """Gives a ticket up."""
-        return await self._call(self._line.federation.Withdraw, request)
+        return await self._call(self._connection.federation.Withdraw, request)
 
     async def push_evaluation(self, request: pb.PushEvaluationRequest) -> None:
         """Reports figures of a version."""
-        await self._call(self._line.federation.PushEvaluation, request)
+        await self._call(self._connection.federation.PushEvaluation, request)
 
     async def renew(self, request: access_pb.RenewRequest) -> access_pb.RenewResponse:
         """Asks for the next certificate, on a connection of its own: an upload on a slow line lets nothing past it."""
@@ -199,7 +199,8 @@ class Channel:
         self, request: pb.PullAdapterRequest
     ) -> grpc.aio.UnaryStreamCall[pb.PullAdapterRequest, pb.PullAdapterResponse]:
         """Begins a download; what goes wrong with it is for `error`."""
-        return self._counted(self._line.federation.PullAdapter(request, metadata=self._metadata), self._line)
+        connection = self._connection
+        return self._counted(connection.federation.PullAdapter(request, metadata=self._metadata), connection)
 
     def push_update(self) -> grpc.aio.StreamUnaryCall[pb.PushUpdateRequest | WrittenChunk, pb.PushUpdateResponse]:
         """Begins an upload, on a connection of its own that ends with it; what goes wrong with it is for `error`.
@@ -230,36 +231,36 @@ class Channel:
         timeout_s: float | None = None,
     ) -> ResponseT:
         self.sent(cast(Message, request))
-        line = self._line
-        line.calls += 1
+        connection = self._connection
+        connection.calls += 1
         try:
             answer = await method(request, timeout=timeout_s or self.timing.call_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             fault = self.error(error)
             raise (await self._explained(fault) if isinstance(fault, ServerUnreachable) else fault) from error
         finally:
-            line.calls -= 1
-            self._tidy(line)
+            connection.calls -= 1
+            self._tidy(connection)
         self._explained_at = None
         self.received(cast(Message, answer))
         return answer
 
-    def _counted(self, call: CallT, line: _Connection) -> CallT:
-        """Lets a streaming call hold its line until it is done."""
-        line.calls += 1
+    def _counted(self, call: CallT, connection: _Connection) -> CallT:
+        """Lets a streaming call hold its connection until it is done."""
+        connection.calls += 1
 
         def done(_: object) -> None:
-            line.calls -= 1
-            self._tidy(line)
+            connection.calls -= 1
+            self._tidy(connection)
 
         call.add_done_callback(done)
         return call
 
-    def _tidy(self, line: _Connection) -> None:
-        """Closes a line that is out of use."""
-        if line in self._old and not line.calls:
-            self._old.remove(line)
-            task = asyncio.get_running_loop().create_task(line.channel.close())
+    def _tidy(self, connection: _Connection) -> None:
+        """Closes a connection that is out of use."""
+        if connection in self._old and not connection.calls:
+            self._old.remove(connection)
+            task = asyncio.get_running_loop().create_task(connection.channel.close())
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
