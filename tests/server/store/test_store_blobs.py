@@ -80,6 +80,26 @@ def test_deleting_a_folder_leaves_its_neighbours(blobs: Blobs) -> None:
     assert read(blobs, KEY) == b"again"
 
 
+def test_files_beside_one_are_found_without_a_look_at_those_before(
+    blobs: Blobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions, listed, seen = "runs/run-1/versions/", obstore.list, list[str]()
+    keys = [f"{versions}{number:06}-draw-{draw}.safetensors" for number in range(1, 31) for draw in "ab"]
+    for key in keys:
+        blobs.put(key, b"x")
+
+    def noted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for batch in listed(*arguments, **options):
+            seen.extend(each["path"] for each in batch)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(obstore, "list", noted)
+        blobs.keep_only(keys[-1], f"{versions}000030")
+    assert sorted(blobs.keys("runs")) == [*keys[:-2], keys[-1]]
+    assert sorted(seen) == keys[-2:]
+
+
 @pytest.fixture
 def strict(tmp_path: Path) -> Blobs:
     """Objects in a store that says so when it is to delete one that is not there, as Google's and Azure's do."""

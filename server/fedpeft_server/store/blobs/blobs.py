@@ -262,7 +262,8 @@ class Blobs:
         """Deletes the blobs beside one, whose keys have the same beginning, such as `runs/RUN/versions/000012`."""
         folder = beginning.rpartition("/")[0]
         with self._translated("deleting", beginning):
-            found = [each["path"] for batch in obstore.list(self._store, folder) for each in batch]
+            later = obstore.list(self._store, folder, offset=beginning)  # so that a long run's are not all looked at
+            found = [each["path"] for batch in later for each in batch]
         self._delete_objects([path for path in found if path.startswith(beginning) and path != key], beginning)
 
     def _delete_objects(self, keys: Sequence[str], place: str) -> None:
