@@ -2,7 +2,7 @@
 
 Every bound on calls, messages, connections and log lines is in this module; docs/security.md is made from it, and
 `tests/server/access/test_bounds.py` tries each at its limit and beyond it. `access.pacing`, `rpc.incoming`,
-`rpc.interceptors`, `rpc.connections`, `fedpeft.process.metrics_port` and `enrolment.relay` enforce it.
+`rpc.interceptors`, `rpc.connections`, `fedpeft.process.metrics_port` and `enrolment.connection_proxy` enforce it.
 """
 
 from __future__ import annotations

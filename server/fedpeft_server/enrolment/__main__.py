@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fedpeft.rpc import grpc_core
 from fedpeft_server.access import bounds
-from fedpeft_server.enrolment.relay import Relay
+from fedpeft_server.enrolment.connection_proxy import ConnectionProxy
 from fedpeft_server.timing import Timing
 
 OPEN_FILES = 1024
@@ -49,20 +49,20 @@ async def main(fd: int, daemon: str, timing: Timing) -> None:
     with tempfile.TemporaryDirectory(dir=Path(daemon).parent, ignore_cleanup_errors=True) as folder:
         own = str(Path(folder) / "grpc")
         credentials = grpc.dynamic_ssl_server_credentials(_configuration(pair), next_pair, False)  # type: ignore[arg-type]
-        relay = Relay(own, timing)
+        proxy = ConnectionProxy(own, timing)
         bound = bounds.CALLS["/fedpeft.v1.AccessService/Enroll"].message_bytes
         async with grpc.aio.insecure_channel(f"unix:{daemon}") as channel:
             server = grpc.aio.server(options=connections.options(bounds.ENROLMENT, bound))
-            server.add_generic_rpc_handlers((Forwarding(channel, relay.peer, timing),))
+            server.add_generic_rpc_handlers((Forwarding(channel, proxy.peer, timing),))
             server.add_secure_port(f"unix:{own}", credentials)
             await server.start()
-            serving = asyncio.create_task(relay.serve(socket.socket(fileno=fd)))
+            serving = asyncio.create_task(proxy.serve(socket.socket(fileno=fd)))
             _limit_memory()
             _say({"ready": os.getpid()})
-            reporting = asyncio.create_task(_report(relay, timing.enrolment_report_s))
+            reporting = asyncio.create_task(_report(proxy, timing.enrolment_report_s))
             try:
                 async with asyncio.TaskGroup() as group:
-                    waiting = group.create_task(_idle(relay, timing.enrolment_idle_s))
+                    waiting = group.create_task(_idle(proxy, timing.enrolment_idle_s))
                     while line := await lines.readline():
                         newer[:] = [json.loads(line)]
                     waiting.cancel()
@@ -77,20 +77,20 @@ class _Idle(Exception):
     """Nobody has come for long."""
 
 
-async def _idle(relay: Relay, most_s: float) -> None:
+async def _idle(proxy: ConnectionProxy, most_s: float) -> None:
     while True:
-        left = most_s - relay.idle_s()
+        left = most_s - proxy.idle_s()
         if left <= 0:
             raise _Idle
         await asyncio.sleep(left)
 
 
-async def _report(relay: Relay, pause_s: float) -> None:
+async def _report(proxy: ConnectionProxy, pause_s: float) -> None:
     while True:
         await asyncio.sleep(pause_s)
-        if relay.refused:
-            _say({"refused": dict(relay.refused)})
-            relay.refused.clear()
+        if proxy.refused:
+            _say({"refused": dict(proxy.refused)})
+            proxy.refused.clear()
 
 
 async def _standard_input() -> asyncio.StreamReader:

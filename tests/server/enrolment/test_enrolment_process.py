@@ -26,7 +26,7 @@ from fedpeft.identity import certificates, keys
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import ENROLMENT, PortBound, Rate
 from fedpeft_server.enrolment import supervisor
-from fedpeft_server.enrolment.relay import Connection, Relay
+from fedpeft_server.enrolment.connection_proxy import Connection, ConnectionProxy
 from fedpeft_server.enrolment.supervisor import Enrolment
 from fedpeft_server.timing import TIMING
 
@@ -38,8 +38,8 @@ WAIT_S = 20
 class Echo:
     """Stands where gRPC is: says back what it hears."""
 
-    def __init__(self, relay: Relay, address: str) -> None:
-        self.relay = relay
+    def __init__(self, proxy: ConnectionProxy, address: str) -> None:
+        self.proxy = proxy
         self.address = address
         self.writers: list[asyncio.StreamWriter] = []
 
@@ -63,17 +63,17 @@ async def echoing(folder: Path, **changes: object) -> AsyncIterator[Echo]:
     echoes: list[asyncio.Task[None] | None] = []
     path = str(folder / "echo")
     server = await asyncio.start_unix_server(echo, path)
-    relay = Relay(path, TIMING, replace(ENROLMENT, **changes))  # type: ignore[arg-type]
+    proxy = ConnectionProxy(path, TIMING, replace(ENROLMENT, **changes))  # type: ignore[arg-type]
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
-    serving = asyncio.create_task(relay.serve(listening))
-    found = Echo(relay, f"127.0.0.1:{listening.getsockname()[1]}")
+    serving = asyncio.create_task(proxy.serve(listening))
+    found = Echo(proxy, f"127.0.0.1:{listening.getsockname()[1]}")
     try:
         yield found
     finally:
         for writer in found.writers:
             writer.close()
         serving.cancel()
-        while relay.count or not all(task and task.done() for task in echoes):
+        while proxy.count or not all(task and task.done() for task in echoes):
             await asyncio.sleep(0.01)
         listening.close()
         server.close()
@@ -106,7 +106,7 @@ async def test_a_connection_that_grpc_does_not_take_is_counted(tmp_path: Path) -
         (tmp_path / "echo").unlink()
         reader, _ = await echo.open()
         assert await until_closed(reader) == 0
-        assert echo.relay.refused == {"not served": 1}
+        assert echo.proxy.refused == {"not served": 1}
 
 
 async def test_one_address_has_so_many_connections_and_the_oldest_gives_way(tmp_path: Path) -> None:
@@ -117,29 +117,29 @@ async def test_one_address_has_so_many_connections_and_the_oldest_gives_way(tmp_
         newest = await echo.open()
         assert await is_served(*newest)
         assert await until_closed(lines[0][0]) == 0 and await is_served(*lines[1])
-        assert echo.relay.refused == {"too many of one address": 1} and echo.relay.count == most
+        assert echo.proxy.refused == {"too many of one address": 1} and echo.proxy.count == most
 
 
 async def test_all_addresses_have_so_many_connections_and_the_greediest_gives_way(tmp_path: Path) -> None:
-    relay = Relay(str(tmp_path / "nobody"), TIMING, replace(ENROLMENT, connections=6, per_address=4))
+    proxy = ConnectionProxy(str(tmp_path / "nobody"), TIMING, replace(ENROLMENT, connections=6, per_address=4))
     ends: list[socket.socket] = []
 
     def take(address: str) -> Connection:
         ours, theirs = socket.socketpair()
         ends.append(ours)
         connection = Connection(address, f"ipv4:{address}:1")
-        relay.take(theirs, connection)
+        proxy.take(theirs, connection)
         return connection
 
     greedy = [take("10.0.0.1") for _ in range(4)]
     modest = [take("10.0.0.2"), take("10.0.0.3")]
     await_more = take("10.0.0.4")
-    assert relay.refused == {"too many connections": 1}
-    assert relay.count == 6
-    left = {connection for of in relay._open.values() for connection in of}
+    assert proxy.refused == {"too many connections": 1}
+    assert proxy.count == 6
+    left = {connection for of in proxy._open.values() for connection in of}
     assert left == {*greedy[1:], *modest, await_more}
     await asyncio.gather(*(c.task for c in (*greedy, *modest, await_more) if c.task), return_exceptions=True)
-    assert relay.count == 0
+    assert proxy.count == 0
     for end in ends:
         end.close()
 
@@ -148,14 +148,14 @@ async def test_an_address_opens_so_many_connections_in_a_time(tmp_path: Path) ->
     async with echoing(tmp_path, opened=Rate(0.01, 5), per_address=100) as echo:
         lines = [await echo.open() for _ in range(7)]
         assert [await is_served(*line) for line in lines] == [True] * 5 + [False] * 2
-        assert echo.relay.refused == {"opened too fast": 2}
+        assert echo.proxy.refused == {"opened too fast": 2}
 
 
 async def test_a_connection_that_says_nothing_is_closed(tmp_path: Path) -> None:
     async with echoing(tmp_path, silence_s=0.2) as echo:
         reader, _ = await echo.open()
         assert await until_closed(reader) == 0
-        assert echo.relay.refused == {"no data": 1}
+        assert echo.proxy.refused == {"no data": 1}
 
 
 async def test_a_connection_has_an_end_however_much_it_says(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ async def test_a_connection_has_an_end_however_much_it_says(tmp_path: Path) -> N
         reader, writer = await echo.open()
         assert await is_served(reader, writer)
         await until_closed(reader)
-        assert echo.relay.refused == {"open too long": 1}
+        assert echo.proxy.refused == {"open too long": 1}
 
 
 async def test_a_connection_says_so_many_bytes(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ async def test_a_connection_says_so_many_bytes(tmp_path: Path) -> None:
             else:
                 async with asyncio.timeout(WAIT_S):
                     await reader.readexactly(size)
-            assert echo.relay.refused == why
+            assert echo.proxy.refused == why
 
 
 # The process

@@ -1,4 +1,4 @@
-"""Relay: takes the connections of strangers, bounds them, and passes their bytes on to gRPC in the same process.
+"""A proxy of connections: takes those of strangers, bounds them, and passes their bytes on to gRPC in this process.
 
 Notable: nothing is understood of the bytes, TLS and HTTP/2 included, so nothing that they say can take more than their
 number. gRPC by itself keeps what a header without end sends, and cannot be told how many connections one address has.
@@ -38,7 +38,7 @@ class Connection:
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
-class Relay:
+class ConnectionProxy:
     """Passes connections on, within the bounds of a port.
 
     Args:
@@ -79,7 +79,7 @@ class Relay:
         return 0.0 if self._open else self._clock() - self._taken_at
 
     def peer(self, upstream_peer: str) -> str:
-        """Returns where the connection comes from that gRPC knows by the name of the relay's socket."""
+        """Returns where the connection comes from that gRPC knows by the name of the proxy's socket."""
         found = self._peers.get(upstream_peer.rpartition(":")[2].lstrip("\0@"))
         return found.peer if found else "unknown"
 
