@@ -190,6 +190,12 @@ def test_a_long_body_is_not_read(browser: Browser) -> None:
     assert answer.status == 413
 
 
+def test_a_body_in_chunks_is_not_read_whatever_length_it_says(browser: Browser) -> None:
+    body = "1\r\nx\r\n0\r\n\r\n"
+    assert browser.send("POST", "/new", body, Transfer_Encoding="chunked").status == 413
+    assert browser.send("POST", "/new", body, Transfer_Encoding="chunked", Content_Length="1").status == 413
+
+
 def test_the_server_s_word_is_shown(browser: Browser, story: Story) -> None:
     answer = browser.form(f"/runs/{story.done}/pause")
     assert answer.status == 409

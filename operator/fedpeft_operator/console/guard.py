@@ -103,7 +103,7 @@ class Guard:
             raise Refused(421, "The console is not available under this host name; open the address that it printed.")
         if scope["method"] not in _SAFE and headers.get("origin") != f"{self._settings.scheme}://{headers['host']}":
             raise Refused(403, "The request was not sent from a page of the console.")
-        if scope["method"] not in _SAFE and not _is_short(headers.get("content-length", "")):
+        if scope["method"] not in _SAFE and not _is_short(headers):
             raise Refused(413, f"A form of the console has at most {MOST_BYTES:,} bytes, and says how many.")
         if session is None and not scope["path"].startswith(OPEN_PATHS):
             raise Refused(
@@ -144,7 +144,9 @@ def session_of(request: Request) -> Session:
     return session or NOBODY
 
 
-def _is_short(length: str) -> bool:
+def _is_short(headers: Headers) -> bool:
+    """Returns True if a body says how long it is, and may be so long; one in chunks is longer than it says."""
+    length = "" if "transfer-encoding" in headers else headers.get("content-length", "")
     return re.fullmatch(r"[0-9]{1,10}", length) is not None and int(length) <= MOST_BYTES
 
 
