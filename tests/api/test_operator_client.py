@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from fedpeft.errors import (
     TransfersBusy,
     VersionNotFound,
 )
+from fedpeft.rpc import attempts
 from fedpeft.v1 import federation_service_pb2 as federation
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
@@ -78,13 +81,43 @@ async def test_creation_is_repeated_under_one_request_id(served: Serving) -> Non
     assert len(served.double.created) == 1
 
 
-async def test_a_creation_that_is_asked_to_wait_for_its_turn_waits_as_long_as_it_takes(served: Serving) -> None:
+async def test_a_creation_that_is_asked_to_wait_for_its_turn_uses_up_no_attempt(served: Serving) -> None:
     busy = operator_client.ATTEMPTS + 2
     served.double.failures["CreateRun"] = [TransfersBusy("8 are under way")] * busy
     spec = AdapterSpec.of("bias", [TensorSpec("a", (4,))])
     async with OperatorClient(served.address) as client:
         await client.create_run(config(), spec, "ab" * 32, {"a": np.zeros(4, np.float32)}, 10)
     assert served.double.asked == ["CreateRun"] * (busy + 1)
+
+
+async def test_a_server_that_asks_for_ever_to_be_called_again_is_given_up_and_the_wait_is_said(
+    served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "BUSY_S", 0.3)
+    monkeypatch.setattr(attempts, "SAY_S", 0.1)
+    served.double.failures["ListRuns"] = [TransfersBusy("8 are under way")] * 10_000
+    said: list[str] = []
+    async with OperatorClient(served.address, say=said.append) as client, asyncio.timeout(20):
+        with pytest.raises(TransfersBusy, match="under way"):
+            await client.runs()
+    assert said == ["the server asks to be called again, for 0.3 s at most: 8 are under way"]
+
+
+async def test_a_download_that_moves_on_is_never_given_up(
+    served: Serving, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = np.random.default_rng(0).bytes(40_000)
+    served.double.runs = {RUN: a_run(version=2)}
+    served.double.files = {(RUN, 2): data}
+    served.double.break_download_after = list(range(1000, 40_000, 1000))
+    monkeypatch.setattr(operator_client, "PAUSE_S", 0.02)
+    monkeypatch.setattr(attempts, "BUSY_S", 0.3)
+    served.double.break_with = TransfersBusy("others wait")
+    begin = time.monotonic()
+    async with OperatorClient(served.address) as client:
+        await client.download(RUN, tmp_path / "file")
+    assert time.monotonic() - begin > 2 * attempts.BUSY_S
+    assert (tmp_path / "file").read_bytes() == data
 
 
 async def test_refused_creation_raises_the_servers_error_once(served: Serving) -> None:

@@ -120,6 +120,7 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         self.asked: list[str] = []
         self.break_download_after: list[int] = []
         """Bytes after which a download ends, one download each."""
+        self.break_with: FedpeftError = Draining("the server is shutting down")
         self.corrupt = False
         self.page = 100
         """Most items of a page; in a list of rounds, most tickets."""
@@ -187,7 +188,7 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         limit = self.break_download_after.pop(0) if self.break_download_after else len(data)
         for start in range(offset, len(data), CHUNK):
             if start >= limit:
-                await abort(context, Draining("the server is shutting down"))
+                await abort(context, self.break_with)
             yield tensor_pb2.Chunk(offset=start, data=data[start : start + CHUNK])
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:

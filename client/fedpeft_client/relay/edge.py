@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
-from fedpeft.api.operator_client import OperatorClient
+from fedpeft.api.operator_client import ATTEMPTS, OperatorClient
 from fedpeft.errors import (
     DiskFull,
     FedpeftError,
@@ -42,11 +42,11 @@ class Edge:
         self._options = options
 
     @asynccontextmanager
-    async def connected(self, *, attempts: int | None = None) -> AsyncIterator[OperatorClient]:
+    async def connected(self, *, attempts: int = ATTEMPTS) -> AsyncIterator[OperatorClient]:
         """Opens a connection, for which the certificate is read anew, and renewed past half of its life.
 
         Args:
-            attempts: Times that a call is made before an unavailable server is given up; as usual if None.
+            attempts: Times that a call is made before an unavailable server is given up.
 
         Raises:
             IdentityInvalid: If the identity cannot be used.
@@ -56,8 +56,7 @@ class Edge:
         if self._options.identity is not None:
             identity = Identity.load(self._options.identity)
             certificates.check_time(identity.certificate, datetime.now(UTC))
-        more = {} if attempts is None else {"attempts": attempts}
-        async with OperatorClient(self._options.server, identity, setting="--relay", **more) as server:
+        async with OperatorClient(self._options.server, identity, setting="--relay", attempts=attempts) as server:
             yield server
 
     async def look(self, log: Log) -> None:

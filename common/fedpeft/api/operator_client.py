@@ -37,12 +37,12 @@ from fedpeft.errors import (
     IdentityInvalid,
     ServerUnreachable,
     StateInvalid,
-    Unavailable,
     VersionNotFound,
 )
 from fedpeft.identity import certificates
 from fedpeft.process import durable
 from fedpeft.rpc import diagnosis, enrolment
+from fedpeft.rpc.attempts import Attempts
 from fedpeft.rpc.channel import open_channel
 from fedpeft.rpc.diagnosis import Trust
 from fedpeft.rpc.end_status import EndStatus
@@ -89,6 +89,8 @@ class OperatorClient(AccessCalls, RelayCalls):
         server: HOST:PORT.
         identity: Identity of the caller; None for plain text.
         attempts: Times a call is made before an unavailable server is given up.
+        setting: Name of the setting that names the server, for errors.
+        say: Called with a sentence where a call waits because the server asks to be called again.
 
     Attributes:
         timeout_s: Longest time for a call, its retries included; None: `RESPONSE_TIMEOUT_S` for each attempt. Transfers
@@ -104,9 +106,10 @@ class OperatorClient(AccessCalls, RelayCalls):
         *,
         attempts: int = ATTEMPTS,
         setting: str = "--server or FEDPEFT_SERVER",
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._server, self._setting = server, setting
-        self._attempts = attempts
+        self._attempts, self._say = attempts, say
         self._stale_at = time.monotonic() + KEEP_S
         self._open(identity)
 
@@ -353,7 +356,7 @@ class OperatorClient(AccessCalls, RelayCalls):
             finally:
                 call.cancel()
 
-        header = await self._repeat(attempt)
+        header = await self._repeat(attempt, file.tell)
         file.seek(0)
         what, _, sha256 = described(header)
         if hashlib.file_digest(file, "sha256").digest() != sha256:
@@ -390,27 +393,9 @@ class OperatorClient(AccessCalls, RelayCalls):
 
         return await self._repeat(attempt)
 
-    async def _repeat(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Makes an attempt until it gives an answer; only an unavailable server is worth another.
-
-        A status with a retry hint uses up no attempt: the server is there, and asks to be called again.
-        """
-        pause_s, left = PAUSE_S, self._attempts
-        while True:
-            try:
-                return await attempt()
-            except (grpc.aio.AioRpcError, Unavailable) as error:
-                cause = self._error(error)
-            if cause.retry_s is not None:
-                await asyncio.sleep(max(cause.retry_s, PAUSE_S))
-                continue
-            left -= 1
-            if not isinstance(cause, Unavailable):
-                raise cause
-            if not left:
-                raise await self._explained(cause)
-            await asyncio.sleep(pause_s)
-            pause_s *= 2
+    async def _repeat(self, attempt: Callable[[], Awaitable[T]], moved: Callable[[], int] = lambda: 0) -> T:
+        attempts = Attempts(self._attempts, PAUSE_S, self._error, self._explained, self._say)
+        return await attempts.repeat(attempt, moved)
 
     async def _ask(self, method: Unary[RequestT, ResponseT], request: RequestT) -> ResponseT:
         try:

@@ -67,7 +67,9 @@ class Session:
         if caller.identity is None and not self._warned and not address(caller.server).is_loopback:
             self._warned = True
             output.note(f"fedpeft: plain text: anyone on the path to {caller.server} can read and change what is sent")
-        return OperatorClient(caller.server, caller.identity)
+        return OperatorClient(
+            caller.server, caller.identity, say=lambda text: output.note(f"fedpeft: {caller.server}: {text}")
+        )
 
     @property
     def secured(self) -> bool:
