@@ -12,6 +12,10 @@ from typing import Any, Protocol
 from .wire import Quality, Wire
 
 CLIENTS = ("a", "b", "c")
+MACHINES = ("server", "server", *CLIENTS)
+"""The machines that faults happen to; one that is here twice has twice as many."""
+OF_HIERARCHY = ("server", "edge", "edge", "relay", "relay", *CLIENTS)
+"""Likewise, where `a` and `b` are clients of an edge, whose agent `relay` is one of the server."""
 GOOD = Quality()
 ROOM_BYTES = 64 * 1024 * 1024
 EFFECTS_S = 3600.0
@@ -89,10 +93,11 @@ class Full:
 
 @dataclass(frozen=True)
 class Rot:
-    """Updates that the server has received whole get damaged on its disk: each loses a byte, its end, or its file."""
+    """Updates that a server has received whole get damaged on its disk: each loses a byte, its end, or its file."""
 
     at_s: float
     seed: int
+    machine: str = "server"
 
     @property
     def over_s(self) -> float:
@@ -100,8 +105,9 @@ class Rot:
 
     def happen(self, machines: dict[str, Any], wire: Wire, loop: Any) -> None:
         draw = random.Random(self.seed)
-        spool = machines["server"].disk.path / "data" / "spool"
-        waiting = _not_folded(machines["server"].disk.path / "data" / "fedpeft.db")  # what is kept is not asked for
+        data_dir = machines[self.machine].disk.path / "data"
+        spool = data_dir / "spool"
+        waiting = _not_folded(data_dir / "fedpeft.db")  # what is kept is not asked for
         for path in sorted(p for p in spool.glob("*.update") if p.stat().st_size and p.name.split(".")[0] in waiting):
             data = bytearray(path.read_bytes())
             how = draw.choice(("spared", "byte", "end", "file"))
@@ -157,6 +163,8 @@ class Schedule:
         longest_training_s: Longest time that a training takes.
         disks_lie: True for disks that say that they forced what they did not.
         buffered: True for a run of buffered rounds, whose updates the server keeps.
+        exact: True for a run that counts updates by exact sums.
+        hierarchy: True for such a run where two clients are an edge's, with a server and an agent of its own.
         room_bytes: Size of each machine's disk; None for no limit, where none gets full.
     """
 
@@ -167,34 +175,42 @@ class Schedule:
     longest_training_s: float = 600.0
     disks_lie: bool = False
     buffered: bool = False
+    exact: bool = False
+    hierarchy: bool = False
     room_bytes: int | None = None
 
     @classmethod
-    def named(cls, name: str) -> Schedule:
-        """Returns a schedule: of `NAMED`, a seed, `full SEED`, or `MACHINE EFFECT [power]`; or `buffered` and one."""
+    def named(cls, name: str, machines: tuple[str, ...] = MACHINES) -> Schedule:
+        """Returns a schedule: of `NAMED`, a seed, `full SEED`, `rot SEED`, or `MACHINE EFFECT [power]`.
+
+        Or `buffered` and one; or `hierarchy` and one of the others. What is drawn happens to `machines`.
+        """
         if name in NAMED:
             return NAMED[name]
         if name.startswith("buffered "):
             return replace(cls.named(name.removeprefix("buffered ")), buffered=True, clients=(*CLIENTS, "d"))
+        if name.startswith("hierarchy "):
+            made = cls.named(name.removeprefix("hierarchy "), OF_HIERARCHY)
+            return replace(made, exact=True, hierarchy=True)
         if name.startswith("full "):
-            return cls.full(int(name.removeprefix("full ")))
+            return cls.full(int(name.removeprefix("full ")), machines)
         if name.startswith("rot "):
-            return cls.rotting(int(name.removeprefix("rot ")))
+            return cls.rotting(int(name.removeprefix("rot ")), machines)
         if name.isdecimal():
-            return cls.drawn(int(name))
+            return cls.drawn(int(name), machines)
         machine, effect, *power = name.split()
         death = Kill(0.0, machine, int(effect), 1.0, power=bool(power))
         return cls(1, (death,), longest_training_s=2.0)
 
     @classmethod
-    def full(cls, seed: int) -> Schedule:
+    def full(cls, seed: int, machines: tuple[str, ...] = MACHINES) -> Schedule:
         """Draws a schedule in which disks get full besides; a client without room gives its ticket back for a while."""
-        draw, made = random.Random(f"full {seed}"), cls.drawn(seed)
+        draw, made = random.Random(f"full {seed}"), cls.drawn(seed, machines)
         length = 30.0 + 4 * made.longest_training_s
         full = [
             Full(
                 draw.uniform(0.0, length),
-                draw.choice(("server", "server", *CLIENTS)),
+                draw.choice(machines),
                 draw.choice((0, 4096, 65536)),
                 draw.uniform(1.0, 300.0),
             )
@@ -204,27 +220,31 @@ class Schedule:
         return replace(made, faults=faults, room_bytes=ROOM_BYTES)
 
     @classmethod
-    def rotting(cls, seed: int) -> Schedule:
-        """Draws a schedule in which the server's disk damages updates besides."""
-        draw, made = random.Random(f"rot {seed}"), cls.drawn(seed)
+    def rotting(cls, seed: int, machines: tuple[str, ...] = MACHINES) -> Schedule:
+        """Draws a schedule in which the disk of a server, of each in turn, damages updates besides."""
+        draw, made = random.Random(f"rot {seed}"), cls.drawn(seed, machines)
         length = 30.0 + 4 * made.longest_training_s
-        rot = [Rot(draw.uniform(1.0, length), draw.randrange(2**32)) for _ in range(draw.randint(20, 80))]
+        servers = sorted({"server", "edge"} & {*machines}, reverse=True)
+        rot = [
+            Rot(draw.uniform(1.0, length), draw.randrange(2**32), servers[n % len(servers)])
+            for n in range(draw.randint(20, 80))
+        ]
         return replace(made, faults=tuple(sorted((*made.faults, *rot), key=lambda f: f.at_s)))
 
     @classmethod
-    def drawn(cls, seed: int) -> Schedule:
-        """Draws a schedule."""
+    def drawn(cls, seed: int, machines: tuple[str, ...] = MACHINES) -> Schedule:
+        """Draws a schedule of faults of some machines."""
         draw = random.Random(f"schedule {seed}")
         quality = Quality(
             *(draw.choice((0.0, 0.0, 0.01, 0.1)) for _ in range(4)), longest_s=draw.choice((0.01, 0.1, 2.0))
         )
         training_s = draw.choice((2.0, 60.0, 600.0))
-        faults = [_fault(draw, 30.0 + 4 * training_s) for _ in range(draw.randint(0, 16))]
+        faults = [_fault(draw, 30.0 + 4 * training_s, machines) for _ in range(draw.randint(0, 16))]
         return cls(seed, tuple(sorted(faults, key=lambda f: f.at_s)), quality, longest_training_s=training_s)
 
 
-def _fault(draw: random.Random, length: float) -> Fault:
-    at, machine = draw.uniform(1.0, length), draw.choice(("server", "server", *CLIENTS))
+def _fault(draw: random.Random, length: float, machines: tuple[str, ...]) -> Fault:
+    at, machine = draw.uniform(1.0, length), draw.choice(machines)
     kind = draw.random()
     if kind < 0.75:
         effects = draw.choice((None, draw.randint(0, 5), draw.randint(0, 60)))
@@ -237,6 +257,8 @@ def _fault(draw: random.Random, length: float) -> Fault:
 _POWER = tuple(Kill(2.0 + 2 * n, "server", 25, 0.5, power=True) for n in range(8))
 NAMED = {
     "undisturbed": Schedule(0),
+    "quick": Schedule(0, longest_training_s=2.0),
+    "quick, of exact sums": Schedule(0, exact=True, longest_training_s=2.0),
     "power": Schedule(3, _POWER, longest_training_s=2.0),
     "power, and disks that lie": Schedule(3, _POWER, longest_training_s=2.0, disks_lie=True),
 }

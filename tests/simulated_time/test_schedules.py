@@ -122,10 +122,41 @@ def test_a_machine_that_dies_before_an_effect_loses_nothing(
     assert outcome.deaths == 1 or outcome.effects[machine] <= effect + 1, "it had so many effects and lived"
 
 
+def test_an_undisturbed_hierarchy_has_the_bits_of_the_flat_federation(hold: Hold) -> None:
+    flat, tree = hold("quick, of exact sums"), hold("hierarchy quick")
+    assert flat.faults == [] and tree.faults == [], told(tree)
+    assert (tree.adapter, tree.deaths, tree.lost) == (flat.adapter, 0, {})
+    assert tree.effects.keys() == {"server", "edge", "relay", "a", "b", "c"}
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + (SCHEDULES + 7) // 8))
+@pytest.mark.parametrize("kind", ["", "rot "], ids=["deaths", "disks that rot"])
+def test_a_hierarchy_of_faults_ends_with_the_same_bits(
+    kind: str, seed: int, hold: Hold, undisturbed: SimpleNamespace
+) -> None:
+    """An edge's server and agent die as the others do; its run ends completed, with the parent's last version."""
+    outcome = hold(f"hierarchy {kind}{seed}")
+    assert outcome.faults == [], told(outcome)
+    assert outcome.adapter == undisturbed.adapter
+
+
+@pytest.mark.parametrize("how", ["", " power"], ids=["kill", "power failure"])
+@pytest.mark.parametrize("effect", range(STEP, EFFECTS, 3 * STEP))
+@pytest.mark.parametrize("machine", ["edge", "relay"])
+def test_a_machine_of_an_edge_that_dies_before_an_effect_loses_nothing(
+    machine: str, effect: int, how: str, hold: Hold, undisturbed: SimpleNamespace
+) -> None:
+    outcome = hold(f"hierarchy {machine} {effect}{how}")
+    assert outcome.faults == [], told(outcome)
+    assert outcome.adapter == undisturbed.adapter
+    assert outcome.deaths == 1 or outcome.effects[machine] <= effect + 1, "it had so many effects and lived"
+
+
 def test_a_schedule_is_the_same_history_each_time(hold: Hold) -> None:
-    first, again = hold("5"), hold("5")
-    assert first.deaths > 0
-    assert first == again
+    for name in ("5", "hierarchy 5"):
+        first, again = hold(name), hold(name)
+        assert first.deaths > 0
+        assert first == again
 
 
 def test_power_failures_of_the_server_lose_nothing(hold: Hold, undisturbed: SimpleNamespace) -> None:

@@ -11,7 +11,8 @@ import asyncio
 import contextvars
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,7 @@ class Call:
         self._first: asyncio.Future[tuple[Any, ...]] = wire.loop.create_future()
         self._status: tuple[Code, str, tuple[Any, ...]] = (Code.UNKNOWN, "", ())
         self._done: list[Callable[[Any], object]] = []
+        self.writing: asyncio.Task[None] | None = None
         self._fate = channel.fate()
         wire.under_way[self] = None
         wire.later(wire.soon(), self._begin)
@@ -355,10 +357,16 @@ class SimulatedChannel:
         """Returns what begins calls whose request is a stream, written or given."""
 
         def begin(
-            requests: Iterable[Any] | None = None, *, timeout: Any = None, metadata: Any = None, **_: Any
+            requests: Iterable[Any] | AsyncGenerator[Any] | None = None,
+            *,
+            timeout: Any = None,
+            metadata: Any = None,
+            **_: Any,
         ) -> Call:
             call = self._call(path, request_serializer, response_deserializer, metadata, timeout)
-            if requests is not None:
+            if isinstance(requests, AsyncGenerator):
+                call.writing = self.wire.loop.create_task(_write_all(call, requests))
+            elif requests is not None:
                 for request in requests:
                     call._up.send(request_serializer(request))
                 call._up.send(_HALF_CLOSED)
@@ -372,3 +380,14 @@ class SimulatedChannel:
         """Ends what is under way."""
         for call in self._calls:
             call.cancel()
+
+
+async def _write_all(call: Call, requests: AsyncGenerator[Any]) -> None:
+    """Sends what is made while it is sent; once the call has ended no more is asked for, as gRPC has it."""
+    async with aclosing(requests):
+        async for request in requests:
+            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it ended meanwhile
+                await call.write(request)
+            if call.done():
+                return
+    await call.done_writing()

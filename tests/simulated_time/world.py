@@ -1,4 +1,4 @@
-"""A world of one server, clients and an operator, and what a schedule of faults does to it.
+"""A world of a server, clients and an operator, in a hierarchy an edge too, and what a schedule of faults does to it.
 
     python -m simulated_time.world        # holds the schedule of each line on stdin, and prints what came of it
 
@@ -19,9 +19,10 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ import structlog
 
 from fedpeft.adapters import payload
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
+from fedpeft.api import operator_client
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.errors import DiskFull
+from fedpeft.process.addresses import Address
 from fedpeft.rpc import wire as messages
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import operator_service_pb2_grpc as op_grpc
@@ -55,6 +58,7 @@ from fedpeft_server.timing import TIMING
 
 from .loop import Pool, SimulatedLoop, Stuck, take_over_time
 from .machines import Machine, own_mounts, watch_effects
+from .relaying import AGENT, AT_EDGE, EDGE_PORT, PARENT_PORT, RELAYING, RelayProcess, at_parent
 from .replay import differences
 from .schedule import Schedule
 from .wire import Wire
@@ -62,7 +66,6 @@ from .wire_server import SimulatedServer
 from .worker import SimulatedWorker
 
 BEGINS = 1_800_000_000.0
-PORT = 7070
 PATIENCE_S = 9 * 3600.0
 """A run is complete so long after the last fault, or something hangs."""
 ROUNDS = 4
@@ -142,15 +145,16 @@ BUFFERED = {
 }
 
 
-def run_config(*, buffered: bool) -> RunConfig:
-    """Returns the run that every world holds, or every one of buffered rounds."""
+def run_config(*, buffered: bool, exact: bool, clients: int) -> RunConfig:
+    """Returns the run that every world holds, or every one of buffered rounds, or of exact sums."""
     return parse_config(
         {
             "name": "simulated time",
             "model": {"name": "vit_tiny_patch16_224", "classes": ["a", "b", "c"]},
             "peft": {"method": "bias"},
-            "rounds": {"count": ROUNDS, "clients": 3, "quorum": 3, "deadline_s": 7200, "seed": 5},
+            "rounds": {"count": ROUNDS, "clients": clients, "quorum": clients, "deadline_s": 7200, "seed": 5},
             "codec": {"up": "int8"},
+            **({"aggregation": {"exact_sum": True}} if exact else {}),
             **(BUFFERED if buffered else {}),
         }
     )
@@ -168,6 +172,7 @@ class _World:
         self._receipts: dict[tuple[str, int], str] = {}
         self._unforeseen: list[str] = []
         self._resumed = 0
+        self._ports = {"server": PARENT_PORT, "edge": EDGE_PORT} if schedule.hierarchy else {"server": PARENT_PORT}
 
     def hold(self) -> Outcome:
         """Holds the world until the run is complete, and looks at what it left."""
@@ -208,10 +213,13 @@ class _World:
         secrets.token_urlsafe = lambda n=32: tokens.randbytes(n).hex()
         server_store.ThreadPoolExecutor = Pool  # type: ignore[misc, assignment]
         grpc.aio.server = lambda *_, interceptors, **__: SimulatedServer(self._wire, interceptors)
-        client_channel.open_channel = lambda *_: self._wire.channel(PORT)  # type: ignore[assignment, misc]
+        client_channel.open_channel = operator_client.open_channel = self._opened  # type: ignore[assignment, misc]
         client_channel.diagnosis.explain = _unexplained  # type: ignore[assignment]
         structlog.configure(processors=[self._note], cache_logger_on_first_use=False)
         watch_effects(self._machines, self._loop, disks_lie=self._schedule.disks_lie)
+
+    def _opened(self, server: str, *_: Any) -> Any:
+        return self._wire.channel(Address.parse(server).port)
 
     def _note(self, _: Any, level: str, event: dict[str, Any]) -> Any:
         error = event.pop("exc_info", None) or ()
@@ -229,23 +237,24 @@ class _World:
 
     async def _history(self) -> None:
         schedule = self._schedule
-        self._add("server", self._serve)
-        for client in schedule.clients:
-            self._add(client, lambda disk, client=client: self._take_part(client, disk))
+        for name, port in self._ports.items():
+            self._add(name, partial(self._serve, port))
+        members = (*schedule.clients, AGENT) if schedule.hierarchy else schedule.clients
+        for member in members:
+            self._add(member, partial(self._take_part, member))
         for fault in schedule.faults:
             self._loop.call_at(fault.at_s, self._happen, fault)
         await asyncio.sleep(0.0)  # those of the beginning happen
-        self._machines["server"].start()
+        for name in self._ports:
+            self._machines[name].start()
         run = await self._create()
         self._wire.quality = schedule.quality
-        for client in schedule.clients:
-            self._machines[client].start()
+        for member in members:
+            self._machines[member].start()
         last = max((fault.over_s for fault in schedule.faults), default=0.0)
         self._loop.call_at(max(last, self._loop.now), self._heal)
         async with asyncio.timeout_at(max(last, self._loop.now) + PATIENCE_S):
-            while (state := (await self._run(run)).state) != run_pb2.RUN_STATE_COMPLETED:
-                if state == run_pb2.RUN_STATE_PAUSED:
-                    await self._resume(run)
+            while not all([await self._is_complete(run, port) for port in self._ports.values()]):
                 await asyncio.sleep(20.0)
             await asyncio.sleep(60.0)  # the last receipts reach who waits for them
 
@@ -266,18 +275,22 @@ class _World:
 
     # What lives on the machines.
 
-    async def _serve(self, disk: Path) -> None:
-        known = {"data_dir": disk / "data", "listen": f"127.0.0.1:{PORT}", "metrics": ""}
+    async def _serve(self, port: int, disk: Path) -> None:
+        known = {"data_dir": disk / "data", "listen": f"127.0.0.1:{port}", "metrics": ""}
         settings = Settings.model_validate({**known, "keep_updates": self._schedule.buffered})
         async with app.serving(settings, TIMING) as parts:
             await parts.stopping.wait()
 
     async def _take_part(self, client: str, disk: Path) -> None:
+        port = EDGE_PORT if self._schedule.hierarchy and client in AT_EDGE else PARENT_PORT
+        has = RELAYING if client == AGENT else {"data": disk}
         settings = ClientSettings.model_validate(
-            {"server": f"127.0.0.1:{PORT}", "name": client, "data": disk, "state_dir": disk / "state"}
+            {"server": f"127.0.0.1:{port}", "name": client, "state_dir": disk / "state", **has}
         )
         log, metrics = structlog.get_logger().bind(client=client), Metrics()
-        worker = SimulatedWorker(client, self._drawn, CLIENT_TIMING, self._schedule.longest_training_s)
+        worker: Any = SimulatedWorker(client, self._drawn, CLIENT_TIMING, self._schedule.longest_training_s)
+        if client == AGENT:
+            worker = RelayProcess(settings, CLIENT_TIMING)
         with StateDirectory(settings.state_dir) as directory, EgressLog(directory.path, settings.server) as egress_log:
             async with client_channel.Channel(
                 settings.server, client, directory.instance, None, CLIENT_TIMING
@@ -292,7 +305,7 @@ class _World:
         arrays = {t.name: np.zeros(t.shape, np.float32) for t in SPEC.shared}
         manifest, data = payload.encode(arrays, SPEC.shared, "float32")
         first = op.CreateRunHeader(
-            config=messages.config_to_proto(run_config(buffered=self._schedule.buffered)),
+            config=messages.config_to_proto(self._config()),
             spec=messages.spec_to_proto(SPEC),
             backbone_fingerprint="ab" * 32,
             manifest=messages.manifest_to_proto(manifest),
@@ -305,47 +318,65 @@ class _World:
         ]
         while True:
             try:
-                return str((await self._operator().CreateRun(requests)).run.id)
+                return str((await self._operator(PARENT_PORT).CreateRun(requests)).run.id)
             except grpc.aio.AioRpcError:
                 await asyncio.sleep(1.0)
 
-    async def _run(self, run: str) -> Any:
+    def _config(self) -> RunConfig:
+        schedule = self._schedule
+        clients = at_parent(hierarchy=schedule.hierarchy)
+        return run_config(buffered=schedule.buffered, exact=schedule.exact, clients=len(clients))
+
+    async def _is_complete(self, run: str, port: int) -> bool:
+        """Returns True if a server's run is complete; resumes one that was paused, for want of updates or of room."""
+        state = await self._state(run, port)
+        if state == run_pb2.RUN_STATE_PAUSED:
+            self._resumed += 1
+            with suppress(grpc.aio.AioRpcError):  # it is tried again
+                await self._operator(port).ResumeRun(op.ResumeRunRequest(run=run), timeout=30)
+            await asyncio.sleep(600.0)
+        return state == run_pb2.RUN_STATE_COMPLETED
+
+    async def _state(self, run: str, port: int) -> Any:
+        """Returns the state of a server's run; unspecified while an edge has none."""
         while True:
             try:
-                return (await self._operator().GetRun(op.GetRunRequest(run=run), timeout=30)).run
-            except grpc.aio.AioRpcError:
+                return (await self._operator(port).GetRun(op.GetRunRequest(run=run), timeout=30)).run.state
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    return run_pb2.RUN_STATE_UNSPECIFIED
                 await asyncio.sleep(1.0)
 
-    async def _resume(self, run: str) -> None:
-        """Resumes a run that was paused, for want of updates or of room."""
-        self._resumed += 1
-        with suppress(grpc.aio.AioRpcError):  # it is tried again
-            await self._operator().ResumeRun(op.ResumeRunRequest(run=run), timeout=30)
-        await asyncio.sleep(600.0)
-
-    def _operator(self) -> Any:
-        return op_grpc.OperatorServiceStub(self._wire.channel(PORT, good=True))
+    def _operator(self, port: int) -> Any:
+        return op_grpc.OperatorServiceStub(self._wire.channel(port, good=True))
 
     # The promises.
 
     def _broken_promises(self, outcome: Outcome) -> Iterator[str]:
-        database = self._machines["server"].disk.path / "data" / "fedpeft.db"
+        hierarchy = self._schedule.hierarchy
+        above = at_parent(hierarchy=True) if hierarchy else self._schedule.clients
+        outcome.adapter = yield from self._broken_at("server", above)
+        if hierarchy:
+            at_edge = yield from self._broken_at("edge", AT_EDGE)
+            if at_edge != outcome.adapter:
+                yield f"the last version is {outcome.adapter} at the parent, and {at_edge} at the edge"
+
+    def _broken_at(self, server: str, clients: tuple[str, ...]) -> Generator[str, None, str]:
+        """Yields what is broken at a server, whose clients these are; returns the digest of its last version."""
+        database = self._machines[server].disk.path / "data" / "fedpeft.db"
         if not database.exists():
-            yield "there is no database"
-            return
+            yield f"there is no database of {server}"
+            return ""
         with closing(sqlite3.connect(database)) as read:
             counted = read.execute(
                 "select client, number, payload_sha256 from tickets join updates on ticket = id"
                 " where state = 'received'"
             ).fetchall()
-            versions = read.execute("select version, sha256 from versions order by version").fetchall()
+            versions = read.execute("select version, draw from versions order by version").fetchall()
             traffic = read.execute(
                 "select number, client, wire_up, wire_down, payload_up, payload_down from traffic"
             ).fetchall()
             told = read.execute("select details from audit where action = 'update.lost'").fetchall()
-        outcome.adapter = (
-            _digest(self._machines["server"].disk.path / "data" / "blobs", versions[-1][0]) if versions else ""
-        )
         of_ticket = Counter((client, number) for client, number, _ in counted)
         for (client, number), times in of_ticket.items():
             if times != 1:
@@ -354,6 +385,8 @@ class _World:
         # In a buffered round others may come before one that the disk lost comes again.
         lost = {json.loads(details)["client"] for (details,) in told} if self._schedule.buffered else set()
         for (client, number), sha256 in self._receipts.items():
+            if client not in clients:
+                continue
             if client in lost and (client, number) not in there:
                 continue
             if there.get((client, number)) != sha256:
@@ -364,11 +397,12 @@ class _World:
             up, down, payload_up, payload_down = wire_and_payload
             if up < payload_up or down < payload_down:
                 yield f"{client} in round {number}: {wire_and_payload} bytes: a payload is larger than all that passed"
+        return _digest(database.parent / "blobs", *versions[-1]) if versions else ""
 
 
-def _digest(blobs: Path, version: int) -> str:
-    """Returns the digest of a version's tensors."""
-    (file,) = blobs.glob(f"runs/*/versions/{version:06}.safetensors")
+def _digest(blobs: Path, version: int, draw: str) -> str:
+    """Returns the digest of a version's tensors; `draw` is in the name of its file."""
+    (file,) = blobs.glob(f"runs/*/versions/{version:06}{f'-draw-{draw}' if draw else ''}.safetensors")
     digest = hashlib.sha256()
     for name, values in sorted(safetensors.numpy.load_file(file).items()):
         digest.update(name.encode() + values.tobytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ COMPLETED = "completed"
 
 
 class RelayWorker:
-    """Works for the agent of an edge.
+    """Works for the agent of an edge; it calls a server, so its answers are awaited.
 
     Args:
         options: The `open` request: relay, policy.
@@ -44,13 +43,13 @@ class RelayWorker:
         self._policy = Policy.model_validate(options["policy"])
         self._edge = Edge(self._options)
 
-    def hello(self) -> Message:
+    async def hello(self) -> Message:
         """Returns what a relay says of itself: no torch, methods or data of its own.
 
         Raises:
             IdentityInvalid: If the edge's server does not let it in.
         """
-        asyncio.run(self._edge.look(_log))
+        await self._edge.look(_log)
         return {
             "torch": "",
             "device": "relay of an edge",
@@ -59,11 +58,11 @@ class RelayWorker:
             "rows_are": "examples",
         }
 
-    def check(self, request: Message) -> Message:
+    async def check(self, request: Message) -> Message:
         """Returns why a run does not suit a relay; a server of the edge that is away is no reason against it."""
         run = KnownRun.from_json(request["run"], of_sums=True)
         reasons = reasons_against(run, self._options, self._policy)
-        if not reasons and asyncio.run(self._edge.makes_versions_of(run.id, _log)):
+        if not reasons and await self._edge.makes_versions_of(run.id, _log):
             fault = (
                 f"--relay {self._options.server} is the run's own server; name that of the edge, with its own clients"
             )
@@ -73,13 +72,13 @@ class RelayWorker:
             "report": {} if reasons else {"examples": self._options.examples or 0},
         }
 
-    def train(self, request: Message, progress: Callable[[Message], None], stop: Callable[[], bool]) -> Message:
+    async def train(self, request: Message, progress: Callable[[Message], None], stop: Callable[[], bool]) -> Message:
         """Has the edge's server collect the updates of a round; writes the payload of their sum into `out`."""
         began = time.monotonic()
         run, number = KnownRun.from_json(request["run"], of_sums=True), int(request["round"])
         version = Version.from_json(run, number - 1, request["adapter"])
         wanted = RoundRequest(number, version, Path(request["out"]) / PAYLOAD)
-        found = asyncio.run(EdgeRound(self._edge, self._options, wanted, progress, stop, _log).collect())
+        found = await EdgeRound(self._edge, self._options, wanted, progress, stop, _log).collect()
         return {
             "manifest": json_format.MessageToDict(found.manifest),
             "examples": found.examples,
@@ -87,14 +86,14 @@ class RelayWorker:
             "facts": {},
         }
 
-    def finished(self, request: Message) -> Message:
+    async def finished(self, request: Message) -> Message:
         """Ends the edge's run of a parent's run that is over: with its last version, or stopped where there is none.
 
         Returns:
             `done`: True if that is done, or need not be. `wants`: the edge's run, where its last version is needed for
             that and did not come with the request.
         """
-        return asyncio.run(self._end(str(request["run"]["id"]), str(request["how"]), request.get("adapter")))
+        return await self._end(str(request["run"]["id"]), str(request["how"]), request.get("adapter"))
 
     async def _end(self, run: str, how: str, adapter: Message | None) -> Message:
         try:

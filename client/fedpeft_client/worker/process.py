@@ -11,6 +11,8 @@ Whatever a library prints goes to stderr. The end of stdin means that the agent 
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import os
 import queue
@@ -18,7 +20,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -95,19 +97,16 @@ class _Worker:
         if op == "open":
             return self._open(request)
         if op == "survey":
-            surveyed: Message = self._site.survey(self._progress)
-            return surveyed
+            return _awaited(self._site.survey(self._progress))
         structlog.contextvars.bind_contextvars(run=request["run"]["id"])
         if op == "check":
-            result: Message = self._site.check(request)
-        elif op == "evaluate":
-            result = self._site.evaluate(request)
-        elif op == "finished":
-            result = self._site.finished(request)
-        else:
-            with structlog.contextvars.bound_contextvars(round=request["round"]):
-                result = self._site.train(request, self._progress, self._stopping)
-        return result
+            return _awaited(self._site.check(request))
+        if op == "evaluate":
+            return _awaited(self._site.evaluate(request))
+        if op == "finished":
+            return _awaited(self._site.finished(request))
+        with structlog.contextvars.bound_contextvars(round=request["round"]):
+            return _awaited(self._site.train(request, self._progress, self._stopping))
 
     def _open(self, request: Message) -> Message:
         logs.configure(request["log_format"], "debug" if request["verbose"] else "info")
@@ -121,8 +120,7 @@ class _Worker:
             from fedpeft_client.worker.tasks import SiteWorker  # torch: seconds, and it may print
 
             self._site = SiteWorker(request)
-        hello: Message = self._site.hello()
-        return hello
+        return _awaited(self._site.hello())
 
     def _progress(self, progress: Message) -> None:
         self._send({"progress": progress})
@@ -133,6 +131,11 @@ class _Worker:
             self._answers.flush()
         except BrokenPipeError:
             os._exit(0)  # the agent is gone
+
+
+def _awaited(answer: Any) -> Message:
+    """Returns an answer; that of a relay, which calls a server, is awaited on an event loop of its own."""
+    return cast(Message, asyncio.run(answer) if inspect.iscoroutine(answer) else answer)
 
 
 def _error(error: FedpeftError) -> Message:
