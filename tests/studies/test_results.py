@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 from scipy import stats
 
+from fedpeft.studies.report.figures import figures_of
 from fedpeft.studies.results import (
     CellResult,
     Group,
     Point,
+    StudyResult,
     accuracy_within,
     curve_of,
     difference,
@@ -78,6 +81,14 @@ def test_a_mean_curve_leaves_out_versions_that_a_seed_did_not_score():
     other = {"initial_metrics": {"accuracy": 0.3, "loss": 2.0}, "rounds": [row(1, 200, 50, 0.5), row(2, 0, 0, 0.9)]}
     cells = tuple(CellResult(str(i), {}, i, "", report, "") for i, report in enumerate((REPORT, other)))
     curve = Group({}, cells, 0).mean_curve()
-    assert [moved for moved, _ in curve] == [0, 200]
-    assert [found.mean for _, found in curve] == pytest.approx([0.2, 0.4])
+    assert [(version, moved) for version, moved, _ in curve] == [(0, 0), (1, 200)]
+    assert [found.mean for _, _, found in curve] == pytest.approx([0.2, 0.4])
     assert Group({}, cells, 0).by_seed("accuracy") == {0: 0.25, 1: 0.9}
+
+
+def test_a_version_is_drawn_at_its_number_whichever_others_were_scored():
+    report = {"initial_metrics": {}, "rounds": [row(1, 9, 9, 0.3), row(2, 9, 9), row(3, 9, 9, 0.5)]}
+    about = {"axes": {"run": ["a"]}}
+    study = StudyResult(Path(), about, (CellResult("a", {"run": "a"}, 0, "", report, ""),))
+    (axis,) = figures_of(study)["accuracy-rounds"].figure.axes
+    assert list(axis.lines[0].get_xdata()) == [1.0, 3.0]

@@ -172,14 +172,14 @@ class Group:
         found = {cell.seed: getattr(cell.curve[-1], figure) for cell in self.cells}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def mean_curve(self) -> list[tuple[float, Estimate]]:
-        """Returns mean bytes and accuracy of each version that all seeds scored."""
+    def mean_curve(self) -> list[tuple[int, float, Estimate]]:
+        """Returns number, mean bytes and accuracy of each version that all seeds scored."""
         curves = [cell.curve for cell in self.cells]
         result = []
         for points in zip(*curves, strict=False):
             accuracies = [point.accuracy for point in points if point.accuracy is not None]
             if len(accuracies) == len(points) and (found := estimate(accuracies)) is not None:
-                result.append((sum(point.bytes for point in points) / len(points), found))
+                result.append((points[0].version, sum(point.bytes for point in points) / len(points), found))
         return result
 
 

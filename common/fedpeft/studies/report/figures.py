@@ -149,15 +149,15 @@ def _curves(
         furthest = []
         for group in groups:
             curve = group.mean_curve()
-            xs = [across(version, moved) for version, (moved, _) in enumerate(curve)]
-            ys = [100 * found.mean for _, found in curve]
+            xs = [across(version, moved) for version, moved, _ in curve]
+            ys = [100 * found.mean for _, _, found in curve]
             (colour, style), name = lines[line_of(group)], _named(line_of(group))
             axis.plot(xs, ys, style, color=colour, label=name, linewidth=1.5, marker=".", markersize=4)
             furthest.append(max(xs))
             if len(lines) > MOST_BANDS:
                 continue
-            low = [100 * max(found.mean - (found.half_width or 0.0), 0.0) for _, found in curve]
-            high = [100 * min(found.mean + (found.half_width or 0.0), 1.0) for _, found in curve]
+            low = [100 * max(found.mean - (found.half_width or 0.0), 0.0) for _, _, found in curve]
+            high = [100 * min(found.mean + (found.half_width or 0.0), 1.0) for _, _, found in curve]
             axis.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
         if min(furthest) > 0 and max(furthest) / min(furthest) > WIDE:
             axis.set_xscale("symlog", linthresh=min(furthest) / 10)
