@@ -89,6 +89,14 @@ def test_a_run_without_tickets_or_scores_has_a_line_too():
     assert [table.name for table in tables_of(result)] == ["outcome"]
 
 
+def test_the_seeds_of_a_line_are_those_of_its_interval(study):
+    path = study / "cells" / "bias-1" / "report.json"
+    unscored = json.loads(path.read_text())
+    unscored["rounds"][-1]["metrics"] = {}
+    path.write_text(json.dumps(unscored))
+    assert [row[1] for row in outcome(compared([("s", study)])).rows] == ["2", "1 of 2"]
+
+
 def test_a_run_that_was_paused_is_no_result_of_a_study(study):
     path = study / "cells" / "bias-1" / "report.json"
     paused = {"state": "paused", "version": 1, "reason": "round 2 has 0 of the 1 update it needs"}

@@ -119,7 +119,7 @@ def outcome(study: StudyResult) -> Table:
         rows.append(
             (
                 *group.points.values(),
-                _seeds(group),
+                _seeds(group, accuracy),
                 _each(reports, "adapter_parameters", "{:,.0f}"),
                 percentage(accuracy),
                 plain(loss, 3),
@@ -130,8 +130,8 @@ def outcome(study: StudyResult) -> Table:
         )
     columns = ("seeds", "tuned", "accuracy, %", "loss", "MB up", "MB down", "seconds")
     caption = (
-        "The newest version: mean over seeds ± half the 95 % confidence interval (Student's t); bytes of the encoded "
-        "tensors."
+        "The newest version: mean over seeds, those with an accuracy, ± half the 95 % confidence interval (Student's "
+        "t); bytes of the encoded tensors."
     )
     return _table(study, "outcome", caption, columns, rows)
 
@@ -243,8 +243,11 @@ def _table(
     return Table(name, caption, (*axes, *columns), tuple(rows), len(axes))
 
 
-def _seeds(group: Group) -> str:
-    return str(len(group.cells)) if not group.missing else f"{len(group.cells)} of {len(group.cells) + group.missing}"
+def _seeds(group: Group, accuracy: Estimate | None) -> str:
+    """Returns the number of seeds that the accuracy is of, beside that of all where some have none."""
+    found = len(group.cells) if accuracy is None else accuracy.count
+    wanted = len(group.cells) + group.missing
+    return str(found) if found == wanted else f"{found} of {wanted}"
 
 
 def _within(group: Group, budget_bytes: int) -> Estimate | None:
