@@ -2,10 +2,10 @@
 
     python experiments/paper/claims.py RESULTS
 
-RESULTS has a folder of results for each study, by the name of its file; claims whose study is not there are left out.
-A figure is a difference in points of accuracy, paired by seed, with its 95 % interval. A claim holds if the whole
-interval lies on its side of zero, does not if all of it lies on the other, and else it cannot be told. Claims of a
-study under way say how many of its seeds they have.
+RESULTS has a folder of results for each study, by the name of its file. Claims are left out whose study is not there,
+or lacks a combination that they are about. A figure is a difference in points of accuracy, paired by seed, with its
+95 % interval. A claim holds if the whole interval lies on its side of zero, does not if all of it lies on the other,
+and else it cannot be told. Claims of a study under way say how many of its seeds they have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpeft.studies.results import Estimate, Group, StudyResult, accuracy_within, difference, load_results
+from fedpeft.studies.results import CellResult, Estimate, Group, StudyResult, accuracy_within, difference, load_results
 
 PEFT = ("bias", "adapter", "prompt")
 Values = dict[int, float]
@@ -59,12 +59,7 @@ def claims() -> Iterator[Claim]:
         )
     for method in PEFT:
         for other in ("full", "head"):
-            fewest = {"examples": "500"}
-            yield Claim(
-                "scarce",
-                f"with 500 examples {method} beats {other}",
-                _against(fewest | {"method": method}, fewest | {"method": other}),
-            )
+            yield Claim("scarce", f"with the fewest examples {method} beats {other}", _scarce(method, other))
     for method in PEFT:
         private = {"privacy": "epsilon 5"}
         yield Claim(
@@ -90,8 +85,8 @@ def _against_stopped(method: str) -> Callable[[StudyResult], Estimate | None]:
 
     def figure(study: StudyResult) -> Estimate | None:
         stopped = {}
-        bytes_of = {cell.seed: cell.curve[-1].bytes for cell in _group(study, {"method": method}).cells}
-        for cell in _group(study, {"method": "full 8 clients"}).cells:
+        bytes_of = {cell.seed: cell.curve[-1].bytes for cell in _cells(study, {"method": method})}
+        for cell in _cells(study, {"method": "full 8 clients"}):
             found = accuracy_within(cell.curve, bytes_of.get(cell.seed, 0))
             if found is not None:
                 stopped[cell.seed] = found
@@ -112,15 +107,24 @@ def _costs(
     return lambda study: difference(lost(study, "full"), lost(study, method))
 
 
-def _group(study: StudyResult, points: Mapping[str, str]) -> Group:
-    for group in study.groups:
-        if group.points == points:
-            return group
-    raise LookupError(f"{study.folder} has no cells of {points}")
+def _scarce(method: str, other: str) -> Callable[[StudyResult], Estimate | None]:
+    """Compares at the fewest examples that the study has: how few depends on its scale."""
+
+    def figure(study: StudyResult) -> Estimate | None:
+        numbers = [group.points["examples"] for group in study.groups if "examples" in group.points]
+        fewest = {"examples": min(numbers, key=int, default="")}
+        return _against(fewest | {"method": method}, fewest | {"method": other})(study)
+
+    return figure
+
+
+def _cells(study: StudyResult, points: Mapping[str, str]) -> tuple[CellResult, ...]:
+    """Returns the cells of a combination; none if the study lacks it."""
+    return next((group.cells for group in study.groups if group.points == points), ())
 
 
 def _accuracy(study: StudyResult, points: Mapping[str, str]) -> Values:
-    return _group(study, points).by_seed("accuracy")
+    return Group(points, _cells(study, points), 0).by_seed("accuracy")
 
 
 def verdict(found: Estimate) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from fedpeft.studies.results import CellResult, Estimate, StudyResult
 
+ABOUT = {"name": "", "title": "", "question": "", "target": None, "budgets_bytes": [], "axes": {}}
 FILE = Path(__file__).parents[2] / "experiments" / "paper" / "claims.py"
 
 
@@ -69,7 +70,24 @@ def test_a_seed_that_only_one_side_has_counts_nothing(claims):
             cell(points | {"method": "head"}, 0, [0.2]),
         ]
     )
-    assert figure(claims, "with 500 examples bias beats head")(made) == Estimate(pytest.approx(0.3), None, 1)
+    assert figure(claims, "with the fewest examples bias beats head")(made) == Estimate(pytest.approx(0.3), None, 1)
+
+
+def test_claims_of_scarce_data_are_about_the_fewest_examples_that_the_study_has(claims):
+    made = study(
+        [
+            cell({"method": method, "examples": examples}, 0, [accuracy])
+            for examples, values in {"10000": (0.2, 0.1), "1000": (0.9, 0.5)}.items()
+            for method, accuracy in zip(("bias", "head"), values, strict=True)
+        ]
+    )
+    assert figure(claims, "with the fewest examples bias beats head")(made).mean == pytest.approx(0.4)
+
+
+def test_a_claim_whose_combinations_the_study_lacks_has_no_figure(claims):
+    made = study([cell({"method": "bias"}, 0, [0.4])])
+    assert {claim.figure(made) for claim in claims.claims()} == {None}
+    assert {claim.figure(study([])) for claim in claims.claims()} == {None}
 
 
 @pytest.mark.parametrize(
@@ -97,9 +115,9 @@ def test_a_claim_with_fewer_seeds_than_its_study_says_so(claims, tmp_path, capsy
                 (place / "report.json").write_text(json.dumps(cell(points, seed, [accuracy]).report))
     for method in ("adapter", "prompt"):
         rows.append({"key": method, "points": {"method": method, "examples": "500"}, "seed": 0, "label": ""})
-    (tmp_path / "scarce" / "study.json").write_text(json.dumps({"cells": rows}))
+    (tmp_path / "scarce" / "study.json").write_text(json.dumps({**ABOUT, "cells": rows}))
     claims.main(tmp_path)
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| scarce | with 500 examples bias beats full | +25.0 ± 0.0 | holds |",
-        "| scarce | with 500 examples bias beats head | -25.0 ± 0.0 (2 of 3 seeds) | does not hold |",
+        "| scarce | with the fewest examples bias beats full | +25.0 ± 0.0 | holds |",
+        "| scarce | with the fewest examples bias beats head | -25.0 ± 0.0 (2 of 3 seeds) | does not hold |",
     ]
