@@ -81,6 +81,32 @@ def test_what_cannot_be_compared_is_named(tmp_path, content, fault):
         compared([("x", path)])
 
 
+@pytest.mark.parametrize("key", ["version", "payload_bytes_up", "metrics", "seconds"])
+def test_a_report_that_lacks_a_figure_is_named_with_it(tmp_path, study, key):
+    broken = report("lora", [0.4])
+    del broken["rounds"][0][key]
+    shown, folder = tmp_path / "shown.json", study / "cells" / "head-0"
+    for path in (shown, folder / "report.json"):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(DataInvalid, match=rf"{path.name}.*rounds\.0\.{key}"):
+            compared([("x", shown if path is shown else study)])
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"cells": [{"key": "a"}]}', '{"cells": 3}'])
+def test_a_study_that_lacks_a_part_is_named(study, content):
+    (study / "study.json").write_text(content)
+    with pytest.raises(DataInvalid, match=r"study\.json"):
+        load_results(study)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"message": 3}'])
+def test_a_reason_that_is_none_is_named(study, content):
+    (study / "cells" / "head-0" / "report.json").unlink()
+    (study / "cells" / "head-0" / "failure.json").write_text(content)
+    with pytest.raises(DataInvalid, match=r"failure\.json"):
+        load_results(study)
+
+
 def test_a_run_without_tickets_or_scores_has_a_line_too():
     plain = {**REPORT, "method": "bias", "adapter_parameters": 5, "initial_metrics": {}}
     plain["rounds"] = [{**each, "metrics": {}, "tickets": []} for each in REPORT["rounds"]]

@@ -13,7 +13,7 @@ from typing import Any
 from fedpeft import text_files
 from fedpeft.errors import DataInvalid
 from fedpeft.studies.files import REPORT, STUDY
-from fedpeft.studies.results import CellResult, StudyResult, load_report, load_results
+from fedpeft.studies.results import CellResult, StudyResult, checked_report, load_report, load_results
 
 AXIS = "run"
 
@@ -84,4 +84,4 @@ def _shown(file: Path) -> Mapping[str, Any]:
         raise DataInvalid(f"{file} is not JSON: {error}") from None
     if not isinstance(report, dict) or not {"rounds", "method", "initial_metrics"} <= report.keys():
         raise DataInvalid(f"{file} is not what fedpeft run show --json prints")
-    return report
+    return checked_report(report, file)

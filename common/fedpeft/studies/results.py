@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from fedpeft.errors import DataInvalid
 from fedpeft.studies.files import CELLS, FAILURE, REPORT, STUDY
 
@@ -209,13 +211,74 @@ class StudyResult:
         ]
 
 
+class _Metrics(BaseModel):
+    accuracy: float | None = None
+    loss: float | None = None
+
+
+class _Row(BaseModel):
+    version: int
+    payload_bytes_up: int
+    payload_bytes_down: int
+    seconds: float | None
+    metrics: _Metrics
+
+
+class _Report(BaseModel):
+    """Parts of a report without which it has no curve; a run of a server may lack figures of version 0."""
+
+    initial_metrics: _Metrics | None = None
+    rounds: list[_Row]
+
+
+class _Cell(BaseModel):
+    key: str
+    points: dict[str, str]
+    seed: int
+    label: str
+
+
+class _About(BaseModel):
+    name: str
+    title: str
+    question: str
+    target: float | None
+    budgets_bytes: list[float]
+    axes: dict[str, Any]
+    cells: list[_Cell]
+
+
+class _Failure(BaseModel):
+    message: str
+
+
+def checked_report(report: Any, file: Path) -> dict[str, Any]:
+    """Returns a report that was read from a file, if it has what its curve is made of.
+
+    Raises:
+        DataInvalid: If it has not, with the place in it.
+    """
+    return _checked(_Report, report, file)
+
+
+def _checked(form: type[BaseModel], content: Any, file: Path) -> dict[str, Any]:
+    try:
+        form.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataInvalid(f"{file} cannot be used: {place or 'its content'}: {first['msg']}") from None
+    found: dict[str, Any] = content
+    return found
+
+
 def load_results(folder: Path) -> StudyResult:
     """Reads what an execution left.
 
     Raises:
         DataInvalid: If the folder has no study, or a file in it is broken.
     """
-    about = _json(folder / STUDY, f"{folder} holds no study")
+    about = _checked(_About, _json(folder / STUDY, f"{folder} holds no study"), folder / STUDY)
     cells = []
     for row in about["cells"]:
         place = folder / CELLS / row["key"]
@@ -237,30 +300,24 @@ def ended(folder: Path) -> str:
 def _paused(report: Mapping[str, Any]) -> str:
     if report.get("state", "completed") == "completed":
         return ""
-    return f"the run is {report['state']} after round {report['version']}: {report['reason']}"
+    return f"the run is {report['state']} after round {report.get('version', 0)}: {report.get('reason', '')}"
 
 
 def _failed(folder: Path) -> str:
-    try:
-        said: str = json.loads((folder / FAILURE).read_text(encoding="utf-8"))["message"]
-    except FileNotFoundError:
-        return ""
-    except (OSError, ValueError, KeyError) as error:
-        raise DataInvalid(f"cannot read {folder / FAILURE}: {error}") from None
-    return said
+    file = folder / FAILURE
+    return str(_checked(_Failure, _json(file, f"{file} is not there"), file)["message"]) if file.exists() else ""
 
 
 def load_report(folder: Path) -> dict[str, Any]:
     """Returns the report of a simulation's folder; raises as `load_results`."""
-    report: dict[str, Any] = _json(folder / REPORT, f"{folder} holds no results of a simulation")
-    return report
+    return checked_report(_json(folder / REPORT, f"{folder} holds no results of a simulation"), folder / REPORT)
 
 
 def _json(path: Path, absent: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataInvalid(absent or f"{path} is not there") from None
+        raise DataInvalid(absent) from None
     except (OSError, ValueError) as error:
         raise DataInvalid(f"cannot read {path}: {error}") from None
 

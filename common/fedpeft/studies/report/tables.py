@@ -189,7 +189,7 @@ def _clients(study: StudyResult) -> Table | None:
 
 def _spread(report: Mapping[str, Any]) -> tuple[float, ...] | None:
     """Returns mean, range and deviation of the clients' losses, and the relative deviation of their norms."""
-    counted = [t for row in report.get("rounds", [])[-1:] for t in row["tickets"] if t["state"] == "received"]
+    counted = [t for row in report.get("rounds", [])[-1:] for t in row.get("tickets", []) if t["state"] == "received"]
     losses = [ticket["metrics"]["loss"] for ticket in counted if "loss" in ticket["metrics"]]
     norms = [ticket["update_norm"] for ticket in counted]
     if not losses or not any(norms):
@@ -256,7 +256,8 @@ def _within(group: Group, budget_bytes: int) -> Estimate | None:
 
 
 def _each(reports: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
-    return form.format(sum(report[key] for report in reports) / len(reports)) if reports else NONE
+    found = [report[key] for report in reports if report.get(key) is not None]
+    return form.format(sum(found) / len(found)) if found else NONE
 
 
 def _sum(reports: Sequence[Mapping[str, Any]], key: str) -> str:
