@@ -242,6 +242,15 @@ def test_a_server_certificate_of_another_key(tmp_path: Path, capsys: pytest.Capt
     assert lost.level is Level.FAULT and "has server.key, authority.key, authority.pem but no server.pem" in lost.said
 
 
+def test_a_server_certificate_without_host_names(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    init.main(["--data-dir", str(data), "--operator", "ada", "--operator-identity", str(tmp_path / "ada")])
+    for ending in ("pem", "key"):  # an authority's own has none
+        (data / "identity" / f"server.{ending}").write_bytes((data / "identity" / f"authority.{ending}").read_bytes())
+    found = only(Setup(data_dir=data, **free_ports()), "certificates")
+    assert found.level is Level.FAULT and "server.pem is made out to no host name" in found.said
+
+
 # Disk and server
 
 

@@ -66,6 +66,15 @@ def subject(certificate: x509.Certificate) -> Subject:
     return Subject.of_id(uris[0])
 
 
+def hosts_of(certificate: x509.Certificate) -> list[str]:
+    """Returns the host names and addresses of a server's certificate, in their order; none where it names none."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        return []
+    return [str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)]
+
+
 def fingerprint(certificate: x509.Certificate) -> str:
     """Returns the SHA-256 of a certificate in 64 hexadecimal digits, what a person compares."""
     return certificate.fingerprint(hashes.SHA256()).hex()

@@ -82,22 +82,20 @@ def check_server_certificates(setup: Setup) -> Iterator[Finding]:
     now, one = datetime.now(UTC), certificates.load(where / "server.pem")[0]
     if keys.load(where / "server.key").public_key() != one.public_key():
         yield fault("certificates", f"{where / 'server.key'} is not the key of server.pem", "fedpeft-server init")
+    elif not (hosts := certificates.hosts_of(one)):
+        yield fault(
+            "certificates", f"{where / 'server.pem'} is made out to no host name or address", "fedpeft-server init"
+        )
     elif (found := _times("certificates", one, now)) is not None:
         yield found
     else:
-        yield ok("certificates", f"for {', '.join(hosts(one))} until {one.not_valid_after_utc:{_DAY}}")
+        yield ok("certificates", f"for {', '.join(hosts)} until {one.not_valid_after_utc:{_DAY}}")
     if (where / "authority.key").exists():
         keys.check_private(where / "authority.key")
         yield ok("authority", "its key is here: this server enrolls and renews")
     else:
         yield ok("authority", "its key is elsewhere: certificates come from there, and nothing enrolls here")
     yield from _authorities(certificates.load(where / "authority.pem"), now)
-
-
-def hosts(certificate: x509.Certificate) -> list[str]:
-    """Returns the names and addresses that a server's certificate is made out to."""
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
 def _authorities(chain: tuple[x509.Certificate, ...] | list[x509.Certificate], now: datetime) -> Iterator[Finding]:

@@ -66,7 +66,7 @@ class ServerCertificates:
     @property
     def hosts(self) -> list[str]:
         """The names and addresses in it, the first of which the server is told about by."""
-        return hosts_of(self.certificate)
+        return certificates.hosts_of(self.certificate)
 
     def credentials(self, *, ask: bool) -> grpc.ServerCredentials:
         """Returns what gRPC serves a port with; a newer certificate reaches it by itself.
@@ -131,7 +131,7 @@ class ServerCertificates:
         key, chain = keys.load(self.files.server_key), certificates.load(self.files.server)
         if chain[0].public_key() != key.public_key():
             raise IdentityInvalid(f"{self.files.server} is not the certificate of {self.files.server_key}")
-        if not hosts_of(chain[0]):
+        if not certificates.hosts_of(chain[0]):
             raise IdentityInvalid(f"{self.files.server} names no host among its subject alternative names")
         authorities = Authorities.read(self.files)
         trusted = authorities.trusted
@@ -158,15 +158,6 @@ def read_authority(files: Files) -> Authority | None:
     if not (files.authority_key.exists() and files.authority.exists()):
         return None
     return Authorities.read(files).serving
-
-
-def hosts_of(certificate: x509.Certificate) -> list[str]:
-    """Returns the host names and addresses of a server's certificate, in their order."""
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return []
-    return [str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)]
 
 
 def issue_server(files: Files, authority: Authority, hosts: Sequence[str], key: PrivateKey) -> x509.Certificate:

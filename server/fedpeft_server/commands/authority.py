@@ -24,7 +24,7 @@ from fedpeft.identity.subject import Role
 from fedpeft.process.output import note, say, say_json
 from fedpeft_server.access import authorities
 from fedpeft_server.access.authorities import Authorities
-from fedpeft_server.access.certificates import hosts_of, issue_server
+from fedpeft_server.access.certificates import issue_server
 from fedpeft_server.access.files import Files
 from fedpeft_server.commands import folder_arguments
 from fedpeft_server.store.database import Database
@@ -130,7 +130,9 @@ def _finish(files: Files, given: argparse.Namespace) -> None:
     here = folder_arguments.words(given)
     now = Authorities.read(files)
     if now.issuing and now.is_rotating:
-        issue_server(files, now.issuing, hosts_of(certificates.load(files.server)[0]), keys.load(files.server_key))
+        issue_server(
+            files, now.issuing, certificates.hosts_of(certificates.load(files.server)[0]), keys.load(files.server_key)
+        )
     authorities.finish(files)
     if progress:
         for line in _locked_out(progress, here):

@@ -13,7 +13,7 @@ from fedpeft.identity import certificates, keys
 from fedpeft.process.addresses import without_root
 from fedpeft.process.output import note, say, say_json
 from fedpeft_server.access.authorities import Authorities
-from fedpeft_server.access.certificates import hosts_of, issue_server
+from fedpeft_server.access.certificates import issue_server
 from fedpeft_server.access.files import Files
 from fedpeft_server.commands import folder_arguments
 from fedpeft_server.commands.init import LOCAL, check_hosts
@@ -66,7 +66,7 @@ def _renew(files: Files, hosts: list[str]) -> None:
             f"{files.folder} has no authority.key: have the authority that issued server.pem issue another one, and "
             "put it in its place; the server takes it up at once"
         )
-    before = hosts_of(certificates.load(files.server)[0])
+    before = certificates.hosts_of(certificates.load(files.server)[0])
     wanted = list(dict.fromkeys([*hosts, *LOCAL])) if hosts else before
     issue_server(files, authority, wanted, keys.load(files.server_key))
     if dropped := [host for host in before if host not in wanted]:
@@ -81,10 +81,15 @@ def _show(files: Files, *, as_json: bool) -> None:
     end, digest = one.not_valid_after_utc, certificates.fingerprint(one)
     if as_json:
         say_json(
-            {"hosts": hosts_of(one), "expires_at": end.isoformat(), "fingerprint": digest, "file": str(files.server)}
+            {
+                "hosts": certificates.hosts_of(one),
+                "expires_at": end.isoformat(),
+                "fingerprint": digest,
+                "file": str(files.server),
+            }
         )
         return
-    say(f"hosts        {', '.join(hosts_of(one))}")
+    say(f"hosts        {', '.join(certificates.hosts_of(one))}")
     say(f"ends         {end:%Y-%m-%d %H:%M} UTC{' (it has ended)' if end < datetime.now(UTC) else ''}")
     say(f"fingerprint  {digest}")
     say(f"file         {files.server}")

@@ -23,7 +23,7 @@ from fedpeft.identity.subject import Role, Subject
 from fedpeft.process import durable, flags
 from fedpeft.process.addresses import Address, without_root
 from fedpeft_server.access.authorities import Authorities, issued, replaced
-from fedpeft_server.access.certificates import hosts_of, issue_server, read_authority
+from fedpeft_server.access.certificates import issue_server, read_authority
 from fedpeft_server.access.files import Files
 from fedpeft_server.commands import folder_arguments
 
@@ -165,7 +165,7 @@ def _authority(files: Files, certificate: Path | None, key: Path | None) -> Auth
 def _server(files: Files, authority: Authority, hosts: Sequence[str]) -> list[str]:
     """Makes the server's certificate, or another one if it lacks a host or is due; returns its hosts."""
     there = certificates.load(files.server)[0] if files.exist() else None
-    before = hosts_of(there) if there else []
+    before = certificates.hosts_of(there) if there else []
     wanted = list(dict.fromkeys([*hosts, *before, *LOCAL]))
     lacks = set(wanted) != set(before) or wanted[0] != before[0]
     if there and not lacks and not certificates.is_due(there, datetime.now(UTC)):
