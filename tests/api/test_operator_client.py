@@ -6,9 +6,11 @@ import asyncio
 import hashlib
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,6 +274,29 @@ async def test_broken_download_goes_on_with_the_same_version(served: Serving, tm
     assert (tmp_path / "file").read_bytes() == data
     assert header.version == 2
     assert offsets == [*range(1000, 10_001, 1000), 10_500]  # no byte twice
+
+
+async def test_a_download_leaves_its_event_loop_to_others(
+    served: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, int] = {}
+    digest, sync = hashlib.file_digest, os.fsync
+
+    def digested(*given: Any) -> Any:
+        threads["digest"] = threading.get_ident()
+        return digest(*given)
+
+    def synced(descriptor: int) -> None:
+        threads.setdefault("sync", threading.get_ident())
+        sync(descriptor)
+
+    monkeypatch.setattr(hashlib, "file_digest", digested)
+    monkeypatch.setattr(os, "fsync", synced)
+    served.double.runs = {RUN: a_run(version=2)}
+    served.double.files = {(RUN, 2): b"some bytes"}
+    async with OperatorClient(served.address) as client:
+        await client.download(RUN, tmp_path / "file")
+    assert set(threads) == {"digest", "sync"} and threading.get_ident() not in threads.values()
 
 
 async def test_corrupt_download_leaves_no_file(served: Serving, tmp_path: Path) -> None:

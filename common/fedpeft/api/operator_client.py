@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -350,16 +351,15 @@ class OperatorClient(AccessCalls, RelayCalls):
                 header: HeaderT = (await self._expect(call)).header
                 _, size_bytes, _ = described(header)
                 while file.tell() < size_bytes:
-                    file.write((await self._expect(call)).chunk.data)
+                    await asyncio.to_thread(file.write, (await self._expect(call)).chunk.data)
                     progress(file.tell(), size_bytes)
                 return header
             finally:
                 call.cancel()
 
         header = await self._repeat(attempt, file.tell)
-        file.seek(0)
         what, _, sha256 = described(header)
-        if hashlib.file_digest(file, "sha256").digest() != sha256:
+        if await asyncio.to_thread(_settled, file) != sha256:
             raise ChecksumMismatch(f"{what} arrived with another sha256 than the server recorded; ask for it again")
         return header
 
@@ -473,6 +473,14 @@ def for_looking(connect: Connect) -> Connect:
         return client
 
     return made
+
+
+def _settled(file: BufferedRandom) -> bytes:
+    """Forces a file to disk and returns its SHA-256: in a thread, for both take long where it is large."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").digest()
 
 
 def _messages(message: Callable[..., Any], header: Message, data: bytes) -> Iterator[tuple[Message, int]]:
