@@ -81,7 +81,8 @@ async def round_(request: Request) -> Response:
     facts = next((facts for facts in feed.rounds if facts.number == number), None)
     if facts is None or feed.snapshot is None:
         raise Refused(404, f"{feed.run} has no round {number}; its newest round is {len(feed.rounds)}.")
-    ratios = {norm.client: norm for norm in norms(feed.rounds) if norm.round == number}
+    known = feed.cached("norms", lambda: list(norms(feed.rounds)))
+    ratios = {norm.client: norm for norm in known if norm.round == number}
     classes = {
         name.removeprefix("accuracy/"): value for name, value in facts.metrics.items() if name.startswith("accuracy/")
     }

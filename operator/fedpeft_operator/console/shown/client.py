@@ -28,6 +28,23 @@ class Followed:
         return list(norms(self.rounds))
 
     @cached_property
+    def norms_of(self) -> dict[str, dict[int, Norm]]:
+        """The norms by client and round."""
+        found: dict[str, dict[int, Norm]] = {}
+        for norm in self.norms:
+            found.setdefault(norm.client, {})[norm.round] = norm
+        return found
+
+    @cached_property
+    def tickets_of(self) -> dict[str, list[tuple[RoundFacts, TicketFacts]]]:
+        """The tickets by client, newest round first."""
+        found: dict[str, list[tuple[RoundFacts, TicketFacts]]] = {}
+        for facts in reversed(self.rounds):
+            for ticket in facts.tickets:
+                found.setdefault(ticket.client, []).append((facts, ticket))
+        return found
+
+    @cached_property
     def remarks(self) -> dict[str, tuple[str, ...]]:
         """Differences from the others, by client."""
         return {member.client: member.remarks for member in members(self.rounds)}
@@ -56,16 +73,11 @@ class Entry:
 
 def history(client: str, runs: Iterable[Followed]) -> list[Entry]:
     """Returns every ticket of a client, newest run and round first."""
-    found: list[Entry] = []
-    for followed in runs:
-        own = {norm.round: norm for norm in followed.norms if norm.client == client}
-        found += [
-            _entry(followed, facts, ticket, own.get(facts.number))
-            for facts in reversed(followed.rounds)
-            for ticket in facts.tickets
-            if ticket.client == client
-        ]
-    return found
+    return [
+        _entry(followed, facts, ticket, followed.norms_of.get(client, {}).get(facts.number))
+        for followed in runs
+        for facts, ticket in followed.tickets_of.get(client, ())
+    ]
 
 
 def tiles(entries: Sequence[Entry]) -> list[Tile]:
@@ -95,7 +107,7 @@ def remarks(client: str, runs: Iterable[Followed]) -> list[tuple[Followed, str]]
 def chart(client: str, runs: Iterable[Followed]) -> tuple[Followed, Json] | None:
     """Returns the norms of the newest run that has updates of the client, its own apart from the others'."""
     for followed in runs:
-        if any(norm.client == client for norm in followed.norms):
+        if client in followed.norms_of:
             return followed, scatter(followed.norms, client)
     return None
 
