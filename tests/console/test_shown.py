@@ -15,7 +15,7 @@ from fedpeft_operator.console.examples import EXAMPLES
 from fedpeft_operator.console.feeds.disks import disk_facts
 from fedpeft_operator.console.feeds.facts import Reader, RoundFacts, TicketFacts
 from fedpeft_operator.console.pages.creation import excerpts
-from fedpeft_operator.console.run_file import Faulty, read
+from fedpeft_operator.console.run_file import RunFileInvalid, read
 from fedpeft_operator.console.shown.captions import captions
 from fedpeft_operator.console.shown.client import Followed, chart, history, remarks, tiles
 from fedpeft_operator.console.shown.configuration import MOST_LINES, configuration, whole
@@ -259,7 +259,7 @@ def test_the_disks_of_a_server() -> None:
     ],
 )
 def test_faults_of_a_run_file_have_lines(text: str, line: int, field: str) -> None:
-    with pytest.raises(Faulty) as caught:
+    with pytest.raises(RunFileInvalid) as caught:
         read(text)
     assert (caught.value.faults[0].line, caught.value.faults[0].field) == (line, field)
 

@@ -77,6 +77,7 @@ def console(settings: Settings, connect: Connect, sessions: SessionStore) -> Sta
         feeds=feeds,
         directory=Directory(connection, signal, feeds.reconnect),
         audit=AuditLog(connection),
+        building=asyncio.Lock(),
     )
 
     @asynccontextmanager

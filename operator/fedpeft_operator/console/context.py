@@ -21,7 +21,19 @@ from fedpeft_operator.console.settings import Settings
 
 @dataclass(frozen=True)
 class ConsoleContext:
-    """The parts of a console, made once in `app`."""
+    """The parts of a console, made once in `app`.
+
+    Attributes:
+        settings: Its address, and the rights of its users.
+        sessions: Login keys and sessions.
+        renderer: Makes pages of templates.
+        signal: Tells open pages of changes.
+        connection: To the server.
+        feeds: The runs that are watched.
+        directory: All runs and clients.
+        audit: The audit log.
+        building: Held while a model is built: one at a time, for each takes memory and all the processor.
+    """
 
     settings: Settings
     sessions: SessionStore
@@ -31,6 +43,7 @@ class ConsoleContext:
     feeds: Feeds
     directory: Directory
     audit: AuditLog
+    building: asyncio.Lock
 
     async def ready(self, runs: Iterable[str]) -> None:
         """Waits for the first snapshot of each run, unless the server is known to be unreachable."""

@@ -17,12 +17,10 @@ from fedpeft.errors import ConfigInvalid, FedpeftError
 from fedpeft.v1 import run_pb2
 
 _LINE = re.compile(r"\(at line ([0-9]+), column [0-9]+\)")
-_building = asyncio.Lock()
-"""One model is built at a time: each takes memory and all the processor."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class LineFault:
     """A fault in a line of a run file.
 
     Attributes:
@@ -36,14 +34,14 @@ class Fault:
     text: str
 
 
-class Faulty(Exception):
+class RunFileInvalid(Exception):
     """A run file that does not make a run.
 
     Attributes:
         faults: At least one.
     """
 
-    def __init__(self, faults: Sequence[Fault]) -> None:
+    def __init__(self, faults: Sequence[LineFault]) -> None:
         super().__init__("; ".join(fault.text for fault in faults))
         self.faults = faults
 
@@ -52,17 +50,17 @@ def read(text: str) -> RunConfig:
     """Reads a run file.
 
     Raises:
-        Faulty: If it is not TOML or breaks a rule.
+        RunFileInvalid: If it is not TOML or breaks a rule.
     """
     try:
         data = text_files.toml(text)
     except ValueError as error:
         at = _LINE.search(str(error))
-        raise Faulty([Fault(int(at[1]) if at else 0, "", f"this is not TOML: {error}")]) from None
+        raise RunFileInvalid([LineFault(int(at[1]) if at else 0, "", f"this is not TOML: {error}")]) from None
     try:
         return parse_config(data)
     except ConfigInvalid as error:
-        raise Faulty(_in_lines(text, error)) from None
+        raise RunFileInvalid(_in_lines(text, error)) from None
 
 
 def missing_part() -> str:
@@ -85,11 +83,11 @@ async def create(text: str, request_id: str, connect: Connect) -> run_pb2.Run:
         connect: Makes a client of the server.
 
     Raises:
-        Faulty: If the file, its model or its weights are wrong.
+        RunFileInvalid: If the file, its model or its weights are wrong.
         FedpeftError: If the server cannot be reached or does not take the run.
     """
     config = read(text)
-    async with connect() as server, _building:
+    async with connect() as server:
         await server.runs()  # building takes long; a server that is away is found now
         try:
             first = await asyncio.to_thread(first_version, config)
@@ -99,9 +97,9 @@ async def create(text: str, request_id: str, connect: Connect) -> run_pb2.Run:
         except FedpeftError as error:
             if not error.fields:
                 raise
-            raise Faulty(_in_lines(text, error)) from None
+            raise RunFileInvalid(_in_lines(text, error)) from None
 
 
-def _in_lines(text: str, error: FedpeftError) -> list[Fault]:
-    faults = [Fault(line_of(text, field), field, said) for field, said in error.fields]
-    return sorted(faults, key=lambda fault: fault.line) or [Fault(0, "", error.message)]
+def _in_lines(text: str, error: FedpeftError) -> list[LineFault]:
+    faults = [LineFault(line_of(text, field), field, said) for field, said in error.fields]
+    return sorted(faults, key=lambda fault: fault.line) or [LineFault(0, "", error.message)]

@@ -16,9 +16,10 @@ from fedpeft_operator.console.context import context_of
 from fedpeft_operator.console.examples import EXAMPLES
 from fedpeft_operator.console.guard import Refused, check_writer, session_of
 from fedpeft_operator.console.pages.forms import form_of
-from fedpeft_operator.console.run_file import Fault, Faulty
+from fedpeft_operator.console.run_file import LineFault, RunFileInvalid
 from fedpeft_operator.console.shown.configuration import whole
 
+BUILDING = "another run is being built here; try again once it is created, or restart the console if it never is"
 AROUND = 2
 """Lines shown before and after a faulty one."""
 
@@ -56,14 +57,18 @@ async def create(request: Request) -> Response:
         try:
             text = text_files.decode(await upload.read())
         except text_files.NotText as error:
-            return _form(request, text, faults=[Fault(0, "", f"{upload.filename} is not a text file: {error}")])
+            return _form(request, text, faults=[LineFault(0, "", f"{upload.filename} is not a text file: {error}")])
     text = text.replace("\r\n", "\n")
     try:
         if form.get("action") != "create":
             return _form(request, text, valid=run_file.read(text))
-        made = await run_file.create(text, str(form.get("request_id", ""))[:64], context_of(request).connection.connect)
-    except Faulty as faulty:
-        return _form(request, text, faults=faulty.faults)
+        context = context_of(request)
+        if context.building.locked():
+            return _form(request, text, status=503, faults=[LineFault(0, "", BUILDING)])
+        async with context.building:
+            made = await run_file.create(text, str(form.get("request_id", ""))[:64], context.connection.connect)
+    except RunFileInvalid as invalid:
+        return _form(request, text, faults=invalid.faults)
     return RedirectResponse(f"/runs/{made.id}", 303)
 
 
@@ -83,14 +88,15 @@ def _form(
     text: str,
     *,
     start: str | None = None,
-    faults: Sequence[Fault] = (),
+    status: int = 422,
+    faults: Sequence[LineFault] = (),
     valid: RunConfig | None = None,
 ) -> Response:
     return context_of(request).renderer.page(
         request,
         "new.html",
         "New run",
-        status=422 if faults else 200,
+        status=status if faults else 200,
         text=text,
         start=start,
         examples=EXAMPLES,
