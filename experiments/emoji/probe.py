@@ -1,4 +1,4 @@
-"""Are the backbone's features real? A linear probe on the demo's data, pre-trained against random weights.
+"""A linear probe on the demo's data: the backbone's features against those of random weights.
 
     python experiments/emoji/probe.py --weights backbone.safetensors
 
@@ -42,7 +42,7 @@ def load(path: Path, mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[T
 
 
 def build(weights: Path | None) -> nn.Module:
-    """The nine-block ViT at 56 pixels, random where no ``weights`` are given, in eval mode."""
+    """The nine-block ViT at 56 pixels, random where no `weights` are given, in eval mode."""
     torch.manual_seed(0)
     model = timm.create_model(NAME, depth=DEPTH, img_size=IMAGE_SIZE, num_classes=0)
     if weights is not None:
@@ -52,14 +52,14 @@ def build(weights: Path | None) -> nn.Module:
 
 @torch.inference_mode()
 def features(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Features [N, 384] by pooling: ``token`` is the class token, ``avg`` the mean of the patches."""
+    """Features [N, 384] by pooling: `token` is the class token, `avg` the mean of the patches."""
     tokens = [model.forward_features(batch) for batch in images.split(128)]
     pooled = {"token": [t[:, 0] for t in tokens], "avg": [t[:, 1:].mean(1) for t in tokens]}
     return {pool: torch.cat(parts).clone() for pool, parts in pooled.items()}
 
 
 def fit(x: Tensor, y: Tensor, decay: float) -> nn.Linear:
-    """Softmax regression of ``y`` [N] on ``x`` [N, D], to convergence."""
+    """Softmax regression of `y` [N] on `x` [N, D], to convergence."""
     probe = nn.Linear(x.shape[1], int(y.max()) + 1)
     nn.init.zeros_(probe.weight)
     nn.init.zeros_(probe.bias)
@@ -76,7 +76,7 @@ def fit(x: Tensor, y: Tensor, decay: float) -> nn.Linear:
 
 
 def accuracy(probe: nn.Linear, x: Tensor, y: Tensor) -> float:
-    """The share of ``y`` that ``probe`` gets right."""
+    """The share of `y` that `probe` gets right."""
     return float((probe(x).argmax(1) == y).float().mean())
 
 

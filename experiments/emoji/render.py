@@ -1,18 +1,18 @@
-"""Draw the demo's data set: the emoji of five vendors, in nine classes, a vendor a client.
+"""Draws the demo's data set: the emoji of five vendors, in nine classes, a vendor a client.
 
     pip install resvg-py pillow pyarrow
     python experiments/emoji/render.py                 # needs npm
     python experiments/emoji/render.py --iconify DIR --unicode DIR
 
-Run by hand, rarely; its result, ``data/train.parquet`` and ``data/test.parquet``, is committed. Notable:
+Run by hand, rarely; its result, `data/train.parquet` and `data/test.parquet`, is committed. Notable:
 
-* the class of a drawing is the Unicode group of its emoji; what is no emoji, and skin tones, are left out;
-* two vendors give no code points, so their drawings are found by name; a name that could mean two emoji is left out;
-* the split is by emoji, never by drawing: no test emoji is in any vendor's training rows. Emoji that differ only in
+- the class of a drawing is the Unicode group of its emoji; what is no emoji, and skin tones, are left out;
+- two vendors give no code points, so their drawings are found by name; a name that could mean two emoji is left out;
+- the split is by emoji, never by drawing: no test emoji is in any vendor's training rows. Emoji that differ only in
   gender or direction, the clock faces, and flags that a vendor draws identically stay on the same side too;
-* classes are capped (flags and people would be half of all rows otherwise), in units of emoji, so that a vendor that
+- classes are capped (flags and people would be half of all rows otherwise), in units of emoji, so that a vendor that
   draws few of a class keeps few: label and quantity skew are the vendors' own;
-* chosen by hashes and written in a fixed order: the same packages give the same bytes.
+- chosen by hashes and written in a fixed order: the same packages give the same bytes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _CLOCKS = range(0x1F550, 0x1F568)
 
 @dataclass(frozen=True)
 class Drawing:
-    """One emoji as one vendor draws it; ``emoji`` is its code points in hex, joined by hyphens."""
+    """One emoji as one vendor draws it; `emoji` is its code points in hex, joined by hyphens."""
 
     vendor: str
     emoji: str
@@ -111,7 +111,7 @@ def find_icons(sets: dict[str, Any], groups: dict[str, tuple[str, int]]) -> dict
 
 
 def draw(svg: str, size: int = SIZE) -> bytes:
-    """An SVG as an RGB PNG of ``size`` x ``size`` pixels on white."""
+    """An SVG as an RGB PNG of `size` x `size` pixels on white."""
     # Without the machine's fonts: no icon holds text, and the result must not depend on them.
     raw = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=DRAWN_SIZE, height=DRAWN_SIZE, skip_system_fonts=True))
     with Image.open(BytesIO(raw)) as drawn:
@@ -163,7 +163,7 @@ def split(drawings: list[Drawing]) -> tuple[list[Drawing], list[Drawing]]:
 
 
 def write(rows: list[Drawing], path: Path) -> None:
-    """Write ``rows`` in the Hugging Face image layout, in an order that tells nothing of class or vendor."""
+    """Writes `rows` in the Hugging Face image layout, in an order that tells nothing of class or vendor."""
     rows = sorted(rows, key=lambda row: _hash(f"{row.vendor}/{row.emoji}"))
     features = {
         "image": {"_type": "Image"},
@@ -269,7 +269,7 @@ def _units(drawings: list[Drawing]) -> dict[str, str]:
 
 
 def _package(name: str, folder: Path | None, scratch: Path) -> Path:
-    """The unpacked npm package: ``folder`` where given, else fetched into ``scratch``."""
+    """The unpacked npm package: `folder` where given, else fetched into `scratch`."""
     if folder is not None:
         return folder
     command = ["npm", "pack", "--silent", "--pack-destination", str(scratch), name]

@@ -79,13 +79,13 @@ def leave(request: access_pb.LeaveRequest) -> EgressEntry:
 
 
 def withdrawal(request: pb.WithdrawRequest, run: str, number: int) -> EgressEntry:
-    """A ticket of round `number` of a run that is given back."""
+    """Returns the entry of a ticket of round `number` of a run that is given back."""
     said = {"reason": request.reason}
     return EgressEntry(Kind.WITHDRAWAL, request.ByteSize(), said, run, round=number, ticket=request.ticket)
 
 
 def evaluation(request: pb.PushEvaluationRequest) -> EgressEntry:
-    """Figures of a version."""
+    """Returns the entry of the figures of a version."""
     said: dict[str, Any] = {"version": request.version, "metrics": dict(sorted(request.metrics.items()))}
     if request.failure:
         said["failure"] = request.failure

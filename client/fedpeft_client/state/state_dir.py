@@ -5,10 +5,10 @@ instance                      32 hexadecimal digits drawn once: which client thi
 processes                     the processes that may have registered last from here, one a line (processes.py)
 contact                       the server; it answered last when this file was touched (contact.py)
 refused                       why the server let this client in no more, if it did not since (contact.py)
-left                          when this client left for good, if it did (departing.py)
+left                          when this client left for good, if it did (commands/left_state.py)
 identity/                     key and certificate of this client (fedpeft.identity.folder)
 identity.next/                the key of an enrolment that did not finish
-ledger.jsonl, ledger-*.jsonl  all that left this device (ledger.py)
+ledger.jsonl, ledger-*.jsonl  all that left this device (egress/log_file.py)
 policy.toml                   what its owner allows, if it lies here (policy.py)
 policy-file                   the policy's file, if it lies elsewhere (policy.py)
 pending/                      a trained update that the server has not answered for (outbox.py)

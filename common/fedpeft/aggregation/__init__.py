@@ -161,7 +161,7 @@ class Strategy(ABC):
 
         Args:
             x: Values now, float64 [block].
-            delta: Weighted mean of the changes, float64 [block].
+            delta: Delta of the round, as `reduce` or the weighted mean gives it, noise included, float64 [block].
             state: By slot, float64 [block], or [1] for what the tensor shares: that is the same for
                 each of its blocks, and so must be what is returned for it.
         """

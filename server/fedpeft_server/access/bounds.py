@@ -85,7 +85,8 @@ class PortBound:
         per_address: Connections at once from one address; of IPv6 the first 64 bits are the address.
         opened: Connections opened from one address.
         life_s: Longest life of a connection, seconds.
-        silence_s: Longest time before a connection has said what it wants (TLS included), seconds.
+        silence_s: Longest time before a connection has said what it wants (TLS included), seconds; of a connection for
+            enrolment, the longest pause in what it sends.
         idle_s: Longest time that a connection is kept without a call, seconds.
         received_bytes: Most bytes that a connection sends to the server, TLS included.
         streams: Calls at once on one connection.
