@@ -24,7 +24,7 @@ from fedpeft.process.home import NO_HOME, home_folder
 from fedpeft.process.start import naming_arguments, to_the_end
 from fedpeft.untrusted_text import print_anything
 from fedpeft_operator.cli.access import audit, clients, enroll, identities, tokens
-from fedpeft_operator.cli.exit_codes import IN_HELP, Exit, code_of
+from fedpeft_operator.cli.exit_codes import Exit, code_of, in_help
 from fedpeft_operator.cli.local import console, doctor, export, params, partition, top
 from fedpeft_operator.cli.local import version as versions
 from fedpeft_operator.cli.run import commands
@@ -54,7 +54,7 @@ app = typer.Typer(
     name="fedpeft",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    epilog=f"{EXAMPLES}\n\n{IN_HELP}",
+    epilog=f"{EXAMPLES}\n\n{in_help(Exit)}",
 )
 
 

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from fedpeft_operator.cli.exit_codes import Exit
+from fedpeft_operator.cli.exit_codes import Exit, in_help
 
-_MEANING = {
-    Exit.DONE: "done",
-    Exit.FAILED: "failed",
-    Exit.USAGE: "wrong usage",
-    Exit.UNREACHABLE: "the server cannot be reached",
-    Exit.NOT_FOUND: "no such run, version or name",
-    Exit.NOT_COMPLETED: "the run was not completed",
-    Exit.INTERRUPTED: "ended by Ctrl-C",
-}
 OF_ANY = (Exit.DONE, Exit.FAILED, Exit.USAGE)
 """Exit codes of every command."""
 OF_SERVER = (Exit.UNREACHABLE,)
@@ -29,7 +20,6 @@ def epilog(*examples: str, hint: str = "", ends: tuple[Exit, ...] = ()) -> str:
         hint: A sentence to go with them.
         ends: Exit codes beside those of any command.
     """
-    codes = "; ".join(f"{code.value} {_MEANING[code]}" for code in sorted({*OF_ANY, *ends}))
     title = "Example:" if len(examples) == 1 else "Examples:"
-    lines = (title, *(f"$ {example}" for example in examples), hint, f"Exit codes: {codes}.")
+    lines = (title, *(f"$ {example}" for example in examples), hint, in_help({*OF_ANY, *ends}))
     return "\n\n".join(line for line in lines if line)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
+from typing import Self
 
 from fedpeft.errors import (
     ConfigInvalid,
@@ -14,22 +16,34 @@ from fedpeft.errors import (
     Unavailable,
 )
 
-IN_HELP = (
-    "Exit codes: 0 done; 1 failed; 2 wrong usage or run file; 3 server unreachable; 4 no such run, version or name; "
-    "5 run not completed; 130 interrupted."
-)
-
 
 class Exit(IntEnum):
-    """Exit code of the process."""
+    """Exit code of the process.
 
-    DONE = 0
-    FAILED = 1
-    USAGE = 2
-    UNREACHABLE = 3
-    NOT_FOUND = 4
-    NOT_COMPLETED = 5
-    INTERRUPTED = 130
+    Attributes:
+        meaning: Words for it in each `--help`.
+    """
+
+    meaning: str
+
+    DONE = 0, "done"
+    FAILED = 1, "failed"
+    USAGE = 2, "wrong usage"
+    UNREACHABLE = 3, "the server cannot be reached"
+    NOT_FOUND = 4, "no such run, version or name"
+    NOT_COMPLETED = 5, "the run was not completed"
+    INTERRUPTED = 130, "ended by Ctrl-C"
+
+    def __new__(cls, code: int, meaning: str) -> Self:
+        """Returns a code with its meaning."""
+        found = int.__new__(cls, code)
+        found._value_, found.meaning = code, meaning
+        return found
+
+
+def in_help(codes: Iterable[Exit]) -> str:
+    """Returns some codes with their meanings, in a line."""
+    return f"Exit codes: {'; '.join(f'{code.value} {code.meaning}' for code in sorted(codes))}."
 
 
 _CODES: tuple[tuple[type[FedpeftError], Exit], ...] = (

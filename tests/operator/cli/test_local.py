@@ -56,7 +56,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_the_help_names_every_exit_code() -> None:
     codes = {str(int(code)) for code in exit_codes.Exit}
-    assert set(re.findall(r"(\d+) [a-z]", exit_codes.IN_HELP)) == codes
+    assert set(re.findall(r"(\d+) [a-z]", exit_codes.in_help(exit_codes.Exit))) == codes
 
 
 @pytest.mark.parametrize(
