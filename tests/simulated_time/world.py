@@ -328,23 +328,26 @@ class _World:
         return run_config(buffered=schedule.buffered, exact=schedule.exact, clients=len(clients))
 
     async def _is_complete(self, run: str, port: int) -> bool:
-        """Returns True if a server's run is complete; resumes one that was paused, for want of updates or of room."""
-        state = await self._state(run, port)
-        if state == run_pb2.RUN_STATE_PAUSED:
+        """Returns True if a server's run is complete, with its last version, which comes to an edge after that.
+
+        Resumes one that was paused, for want of updates or of room.
+        """
+        found = await self._run(run, port)
+        if found.state == run_pb2.RUN_STATE_PAUSED:
             self._resumed += 1
             with suppress(grpc.aio.AioRpcError):  # it is tried again
                 await self._operator(port).ResumeRun(op.ResumeRunRequest(run=run), timeout=30)
             await asyncio.sleep(600.0)
-        return state == run_pb2.RUN_STATE_COMPLETED
+        return bool(found.state == run_pb2.RUN_STATE_COMPLETED and found.version >= found.config.rounds.count)
 
-    async def _state(self, run: str, port: int) -> Any:
-        """Returns the state of a server's run; unspecified while an edge has none."""
+    async def _run(self, run: str, port: int) -> Any:
+        """Returns a server's run; an empty one while an edge has none."""
         while True:
             try:
-                return (await self._operator(port).GetRun(op.GetRunRequest(run=run), timeout=30)).run.state
+                return (await self._operator(port).GetRun(op.GetRunRequest(run=run), timeout=30)).run
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.NOT_FOUND:
-                    return run_pb2.RUN_STATE_UNSPECIFIED
+                    return run_pb2.Run()
                 await asyncio.sleep(1.0)
 
     def _operator(self, port: int) -> Any:
