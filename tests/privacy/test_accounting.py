@@ -8,7 +8,8 @@ import dp_accounting
 import pytest
 from dp_accounting.pld import PLDAccountant
 
-from fedpeft.config import RunConfig, parse_config
+from fedpeft.config import RoundsConfig, RunConfig, parse_config
+from fedpeft.errors import ConfigInvalid
 from fedpeft.privacy import accounting
 from fedpeft.privacy.accounting import calibrated, epsilon, noise_for, overspent
 from fedpeft.privacy.events import Adapted, Clipped, Event, Noised
@@ -65,6 +66,14 @@ def test_a_run_with_a_target_has_the_noise_for_all_of_its_rounds() -> None:
     assert "with round 6 epsilon would be 3" in overspent(found, [*ledger, ledger[0]], 6)
     given = run(target_epsilon=3.0, noise_multiplier=9.0)
     assert calibrated(given) is given, "noise that is given is taken, and the target is a limit"
+
+
+def test_a_target_that_needs_more_noise_than_a_run_may_have_is_refused() -> None:
+    config = run(mechanism="local", target_epsilon=0.05, delta=1e-6)
+    config = config.model_copy(update={"rounds": RoundsConfig(count=10_000)})
+    with pytest.raises(ConfigInvalid, match=r"needs a noise multiplier of 13,854\.3 over 10,000 rounds") as caught:
+        calibrated(config)
+    assert [field for field, _ in caught.value.fields] == ["privacy.target_epsilon"]
 
 
 def test_without_a_limit_nothing_is_overspent() -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from fedpeft.config import LEAST_DEADLINE_S
 from fedpeft.errors import IdentityInvalid
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
@@ -74,7 +75,9 @@ class RelayOptions:
         Args:
             parent_s: The deadline of the parent's rounds, seconds.
         """
-        return (1 - KEPT_FREE) * parent_s if self.deadline_s is None else min(self.deadline_s, parent_s)
+        if self.deadline_s is not None:
+            return min(self.deadline_s, parent_s)
+        return max(LEAST_DEADLINE_S, (1 - KEPT_FREE) * parent_s)
 
 
 def check_together(data: Path | None, relay: str | None, given: Mapping[str, Any]) -> None:

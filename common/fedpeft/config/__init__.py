@@ -9,8 +9,8 @@ from fedpeft.config.aggregation import AggregationConfig
 from fedpeft.config.codec import CodecConfig
 from fedpeft.config.model import UNLABELLED, ModelConfig, split_task
 from fedpeft.config.peft import PeftConfig
-from fedpeft.config.privacy import DEFAULT_QUANTILE_RATE, Mechanism, PrivacyConfig
-from fedpeft.config.rounds import DEFAULT_POLICY, DEFAULT_STALENESS, RoundsConfig, default_quorum
+from fedpeft.config.privacy import DEFAULT_QUANTILE_RATE, MOST_NOISE, Mechanism, PrivacyConfig
+from fedpeft.config.rounds import DEFAULT_POLICY, DEFAULT_STALENESS, LEAST_DEADLINE_S, RoundsConfig, default_quorum
 from fedpeft.config.run import RunConfig, faults_in, load_run_file, parse_config, run_table
 from fedpeft.config.section import ClassName, Name
 from fedpeft.config.simulation import SimulationConfig
@@ -30,6 +30,8 @@ __all__ = [
     "DEFAULT_POLICY",
     "DEFAULT_QUANTILE_RATE",
     "DEFAULT_STALENESS",
+    "LEAST_DEADLINE_S",
+    "MOST_NOISE",
     "PLAIN",
     "UNLABELLED",
     "AggregationConfig",

@@ -12,6 +12,8 @@ Mechanism = Literal["central", "local", "example"]
 """Values of `privacy.mechanism`."""
 DEFAULT_QUANTILE_RATE = 0.2
 """`quantile_rate` where it is not given, as in arXiv 1905.03871."""
+MOST_NOISE = 10_000.0
+"""Largest `noise_multiplier`."""
 _OF_NOISE = ("noise_multiplier", "target_epsilon", "delta", "quantile", "quantile_noise", "quantile_rate")
 _OF_QUANTILE = ("quantile_noise", "quantile_rate")
 
@@ -26,7 +28,7 @@ class PrivacyConfig(Section):
     """central: the server adds Gaussian noise to the sum of each round; local: each client adds it to its update;
     example: each client adds it to every step of its training, which hides single examples. With the last two it keeps
     its own budget. No noise if absent. See docs/privacy.md."""
-    noise_multiplier: Annotated[float, Field(ge=0.01, le=10_000)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=0.01, le=MOST_NOISE)] | None = None
     """Standard deviation of the noise, in `clip_norm`s; if absent the least that keeps `target_epsilon` in all rounds,
     with example worked out by each client for the number of its examples."""
     target_epsilon: Annotated[float, Field(ge=0.001, le=1000)] | None = None

@@ -15,6 +15,8 @@ DEFAULT_POLICY = "synchronous"
 """The policy of rounds where none is given."""
 DEFAULT_WAIT_S = 7 * 86_400.0
 """`wait_s` where it is not given."""
+LEAST_DEADLINE_S = 0.1
+"""Shortest `deadline_s`."""
 DEFAULT_STALENESS = 10
 """`max_staleness` where it is not given."""
 
@@ -36,7 +38,7 @@ class RoundsConfig(Section):
     min_available: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Clients that must wait before any are sampled; if absent as many as are sampled, after a minute the quorum. In
     buffered rounds for the first version only."""
-    deadline_s: Annotated[float, Field(ge=0.1, le=30 * 86_400)] = 600.0
+    deadline_s: Annotated[float, Field(ge=LEAST_DEADLINE_S, le=30 * 86_400)] = 600.0
     """Seconds from a round's opening to its deadline; in buffered rounds also those for which a client that trains has
     its place."""
     over_selection: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0

@@ -18,7 +18,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from fedpeft.config import PrivacyConfig, RunConfig
+from fedpeft.config import MOST_NOISE, PrivacyConfig, RunConfig
+from fedpeft.errors import ConfigInvalid
+from fedpeft.formatting import counted
 from fedpeft.privacy.events import Event, Noised
 
 _INTERVAL = 1e-4
@@ -79,6 +81,9 @@ def calibrated(config: RunConfig) -> RunConfig:
     """Returns a run with its noise multiplier, which is worked out where the run file gives a budget only.
 
     Not that of single examples, which each client works out from the number of its own.
+
+    Raises:
+        ConfigInvalid: If the budget needs more noise than `noise_multiplier` may be.
     """
     privacy = config.privacy
     if privacy is None or privacy.mechanism in (None, "example") or privacy.noise_multiplier is not None:
@@ -86,7 +91,12 @@ def calibrated(config: RunConfig) -> RunConfig:
     assert privacy.target_epsilon is not None and privacy.delta is not None  # the settings were checked
     z = noise_for(privacy.target_epsilon, privacy.delta, config.rounds.count)
     z *= 2 if privacy.mechanism == "local" else 1
-    return config.model_copy(update={"privacy": privacy.model_copy(update={"noise_multiplier": z})})
+    if z > MOST_NOISE:
+        text = f"needs a noise multiplier of {z:,.6g} over {counted(config.rounds.count, 'round')}, and at most "
+        text += f"{MOST_NOISE:,g} is taken; raise it or privacy.delta, or hold fewer rounds"
+        raise ConfigInvalid(f"privacy.target_epsilon {text}", (("privacy.target_epsilon", text),))
+    worked_out = PrivacyConfig.model_validate(privacy.model_dump() | {"noise_multiplier": z})
+    return config.model_copy(update={"privacy": worked_out})
 
 
 def overspent(config: RunConfig, past: Sequence[Event], number: int) -> str:

@@ -10,7 +10,8 @@ SERVER = "127.0.0.1:7071"
 
 
 @pytest.mark.parametrize(
-    ("own", "parent", "deadline"), [(None, 600.0, 450.0), (60.0, 600.0, 60.0), (900.0, 600.0, 600.0)]
+    ("own", "parent", "deadline"),
+    [(None, 600.0, 450.0), (60.0, 600.0, 60.0), (900.0, 600.0, 600.0), (None, 0.1, 0.1)],
 )
 def test_a_round_of_the_edge_ends_before_the_parents(own: float | None, parent: float, deadline: float) -> None:
     assert RelayOptions(SERVER, "north", 4, deadline_s=own).deadline_of(parent) == deadline

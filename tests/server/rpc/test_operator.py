@@ -41,6 +41,16 @@ async def test_creating_twice_with_one_request_id_makes_one_run(daemon: Daemon) 
     assert [r.id for r in (await daemon.operator.ListRuns(op.ListRunsRequest())).runs] == [first.id]
 
 
+async def test_a_run_whose_budget_needs_more_noise_than_is_taken_is_refused_and_the_others_stay_readable(
+    daemon: Daemon,
+) -> None:
+    there = await daemon.create()
+    private = {"clip_norm": 1.0, "mechanism": "local", "target_epsilon": 0.05, "delta": 1e-6}
+    asked = config(rounds={"count": 10_000, "clients": 2}, privacy=private)
+    assert await refused(daemon.create(asked, request_id="private")) == "CONFIG_INVALID"
+    assert [r.id for r in (await daemon.operator.ListRuns(op.ListRunsRequest())).runs] == [there.id]
+
+
 def blobs(daemon: Daemon) -> list[str]:
     return [path.parts[-3] for path in (daemon.server.settings.data_dir / "blobs").rglob("*.safetensors")]
 
