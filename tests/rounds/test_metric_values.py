@@ -48,11 +48,12 @@ def test_figures_beyond_the_limit_are_dropped_with_the_reason() -> None:
         ({"é" * 65: 1.0}, "a figure's name has 130 bytes; 1 to 128 are taken"),
         ({"loss": math.nan}, "the figure loss is nan"),
         ({"loss": -math.inf}, "the figure loss is -inf"),
-        ({"loss": -0.5}, "the figure loss is -0.5; 0 or more is taken"),
+        ({"loss": -0.5}, "the figure loss is -0.5; 0 to 1,000,000 is taken"),
         ({"accuracy": 7.0}, "the figure accuracy is 7; 0 to 1 is taken"),
         ({"clip_factor": 1.5}, "the figure clip_factor is 1.5; 0 to 1 is taken"),
         ({"accuracy/cat": -0.1}, "the figure accuracy/cat is -0.1; 0 to 1 is taken"),
-        *[({name: -1.0}, f"the figure {name} is -1; 0 or more is taken") for name in sorted(COUNTS)],
+        *[({name: -1.0}, f"the figure {name} is -1; 0 to ") for name in sorted(COUNTS)],
+        *[({name: 1e300}, rf"the figure {name} is 1e\+300; 0 to ") for name in sorted(metric_values.RANGES)],
     ],
 )
 def test_what_is_refused(wrong: dict[str, float], says: str) -> None:
@@ -71,6 +72,10 @@ def test_each_wrong_figure_is_named_as_a_field_and_nothing_of_it_reaches_a_termi
     with pytest.raises(MetricsInvalid) as caught:
         metric_values.check({f"accuracy/{i}": 2.0 for i in range(2000)}, metric_values.MAX_EVALUATION)
     assert len(caught.value.fields) == metric_values.FAULTS_NAMED
+
+
+def test_the_sum_of_a_million_figures_is_finite() -> None:
+    assert all(math.isfinite(1e6 * high) for _, high in metric_values.RANGES.values())
 
 
 @pytest.mark.parametrize("nothing", [{}, {"examples": 10.0}])

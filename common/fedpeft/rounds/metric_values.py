@@ -1,6 +1,7 @@
 """Figures: what training and evaluation report, a number by name; how many, what they are called, what they range over.
 
-Names that this version knows have a range (`RANGES`); a task may report others, which are finite and no more.
+Names that this version knows have a range (`RANGES`): no client's figure makes a sum infinite, or lower. A
+task may report others, which are finite and no more.
 """
 
 from __future__ import annotations
@@ -20,21 +21,24 @@ FAULTS_NAMED = 16
 """Most figures that a refusal names: there may be thousands."""
 
 SHARE = (0.0, 1.0)
-NOT_NEGATIVE = (0.0, math.inf)
+LOSS = (0.0, 1e6)
+COUNTED = (0.0, float(2**32))
 RANGES: Mapping[str, tuple[float, float]] = {
     "accuracy": SHARE,
     "clip_factor": SHARE,
-    "loss": NOT_NEGATIVE,
-    "loss_first": NOT_NEGATIVE,
-    "loss_last": NOT_NEGATIVE,
-    "examples": NOT_NEGATIVE,
-    "seconds": NOT_NEGATIVE,
-    "images_per_second": NOT_NEGATIVE,
-    "steps": NOT_NEGATIVE,
-    "skipped_images": NOT_NEGATIVE,
-    "micro_batch": NOT_NEGATIVE,
-    "threads": NOT_NEGATIVE,
-    "gpu_memory_bytes": NOT_NEGATIVE,
+    "loss": LOSS,
+    "loss_first": LOSS,
+    "loss_last": LOSS,
+    "examples": (0.0, 1e15),
+    "seconds": (0.0, 366 * 86_400.0),
+    "images_per_second": (0.0, 1e9),
+    "steps": COUNTED,
+    "skipped_images": COUNTED,
+    "micro_batch": COUNTED,
+    "threads": COUNTED,
+    "gpu_memory_bytes": (0.0, 1e15),
+    "privacy_epsilon": (0.0, 1e12),
+    "privacy_noise_multiplier": (0.0, 1e12),
 }
 """Lowest and highest value of the figures that this version knows, both included."""
 ACCURACY_OF_CLASS = "accuracy/"
@@ -101,8 +105,7 @@ def _fault(name: str, value: float) -> str:
         return f"the figure {shown} is {value}; it must be finite"
     low, high = SHARE if name.startswith(ACCURACY_OF_CLASS) else RANGES.get(name, (-math.inf, math.inf))
     if not low <= value <= high:
-        right = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
-        return f"the figure {shown} is {value:g}; {right} is taken"
+        return f"the figure {shown} is {value:g}; {low:g} to {high:,.16g} is taken"
     return ""
 
 

@@ -698,7 +698,8 @@ class UpdateHeader(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Training figures, finite; at most 64, names at most 128 bytes. The server computes with `loss` alone, the mean over the
         last pass over the data: it is what Round.metrics' `train_loss` is made of. The others are kept and shown.
-        Each of `loss`, `loss_first`, `loss_last` (nats), `seconds`, `images_per_second`, `steps`, `skipped_images`, `micro_batch`, `threads`, `gpu_memory_bytes` is at least 0;
+        Each of `loss`, `loss_first`, `loss_last` (nats), `seconds`, `images_per_second`, `steps`, `skipped_images`, `micro_batch`, `threads`, `gpu_memory_bytes`, `privacy_epsilon`,
+        `privacy_noise_multiplier` is at least 0 and at most: a loss 10^6, `seconds` 366 days, `images_per_second` 10^9, `gpu_memory_bytes` 10^15, the two of privacy 10^12, the others 2^32;
         `clip_factor`, by which PrivacyConfig.clip_norm had the update multiplied, is 0 to 1.
         """
 
@@ -1001,7 +1002,7 @@ class PushEvaluationRequest(_message.Message):
     """
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """`accuracy` (0 to 1), `loss` (nats, at least 0), `examples` (at least 0), `accuracy/CLASS` (0 to 1)...; at least one
+        """`accuracy` (0 to 1), `loss` (nats, 0 to 10^6), `examples` (0 to 10^15), `accuracy/CLASS` (0 to 1)...; at least one
         besides `examples`.
         """
 
