@@ -125,7 +125,8 @@ class Access(pb_grpc.AccessServiceServicer):
         made: list[x509.Certificate] = []
 
         def issue(subject: Subject, after: float) -> Issued:
-            made.append(self._issue(authority, subject, key, after))
+            if not made or made[0].not_valid_before_utc.timestamp() <= after:  # else the transaction is repeated
+                made[:] = [self._issue(authority, subject, key, after)]
             return _issued(made[0], authority)
 
         secret, public = token.digest(request.secret).hex(), _digest(key)

@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from fedpeft.errors import IdentityInvalid, SettingsInvalid
+from fedpeft.errors import DatabaseLocked, IdentityInvalid, SettingsInvalid
 from fedpeft.identity import audit, certificates, keys, requests
 from fedpeft.identity.audit import AuditEntry
 from fedpeft.identity.authority import Authority
@@ -36,7 +36,8 @@ from fedpeft_server.access.files import Files
 from fedpeft_server.access.rights import RIGHTS
 from fedpeft_server.commands import init
 from fedpeft_server.settings import Settings
-from fedpeft_server.store.rows import TokenRow
+from fedpeft_server.store.identities import Identities, Issue, Issued
+from fedpeft_server.store.rows import IdentityRow, TokenRow
 from fedpeft_server.timing import TIMING
 
 from ..conftest import RawClient, StartDaemon, config, filled, refused
@@ -220,6 +221,27 @@ async def test_client_and_evaluator_cannot_share_an_id(secured: Federation) -> N
     assert await refused(secured.enroll(both[1])) == "NAME_IN_USE"
     await secured.revoke(Role.CLIENT, "a")
     await secured.enroll(await secured.token("a", Role.EVALUATOR))
+
+
+async def test_an_enrolment_whose_transaction_is_repeated_is_one_certificate(
+    secured: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, locks = Identities.enroll, [DatabaseLocked("another program holds a lock")] * 3
+
+    def enroll(own: Identities, secret: str, key: str, now: float, issue: Issue) -> tuple[TokenRow, IdentityRow]:
+        def undone(subject: Subject, after: float) -> Issued:
+            issued = issue(subject, after)
+            if locks:
+                raise locks.pop()
+            return issued
+
+        return real(own, secret, key, now, undone)
+
+    monkeypatch.setattr(Identities, "enroll", enroll)
+    token = await secured.token("a")
+    request = access.EnrollRequest(secret=token.secret, signing_request=requests.make(keys.make()))
+    answer = await secured.access(secured.nobody()).Enroll(request)
+    assert not locks and answer.certificate.count(b"BEGIN CERTIFICATE") == 1
 
 
 async def test_a_signing_request_is_checked(secured: Federation) -> None:
