@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import dp_accounting
@@ -56,6 +57,27 @@ def test_the_noise_that_a_target_needs_keeps_it_and_is_the_least() -> None:
     z = noise_for(2.0, 1e-5, 50)
     assert on_paper(1e-5, (z, 50)) <= 2.0 < on_paper(1e-5, (z - 1e-4, 50))
     assert len(f"{z:.12g}".replace(".", "")) <= 7, "a number that a person can read"
+
+
+def test_the_noise_is_found_in_few_steps_and_is_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the sixth digit at a time takes hours where the accountant's grid is coarse, as with epsilon 1000."""
+    tried: list[float] = []
+
+    def composed(releases: tuple[tuple[float, int], ...], delta: float) -> float:
+        ((z, _),) = releases
+        tried.append(z)
+        return 1.0 if z < wanted else 0.5
+
+    monkeypatch.setattr(accounting, "_composed", composed)
+    exact = dp_accounting.get_sigma_gaussian(0.9, 1e-5)
+    for wanted in (0.0, exact * 1.0001, exact * 1.7, 9_000.0):
+        tried.clear()
+        noise_for.cache_clear()
+        z = noise_for(0.9, 1e-5, 1)
+        assert z >= wanted and z - max(wanted, exact) < 1e-5 and len(tried) < 70
+    wanted = math.inf
+    noise_for.cache_clear()
+    assert noise_for(0.9, 1e-5, 1) == math.inf
 
 
 def test_a_run_with_a_target_has_the_noise_for_all_of_its_rounds() -> None:

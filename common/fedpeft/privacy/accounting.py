@@ -13,6 +13,7 @@ interruption looks at what was drawn.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -66,15 +67,27 @@ def _composed(releases: tuple[tuple[float, int], ...], delta: float) -> float:
 
 @lru_cache(maxsize=16)
 def noise_for(target_epsilon: float, delta: float, releases: int) -> float:
-    """Returns the least noise multiplier, to six digits, with which so many releases spend at most an epsilon."""
+    """Returns the least noise multiplier, to six digits, with which so many releases spend at most an epsilon.
+
+    Infinity where `MOST_NOISE` does not suffice.
+    """
     import dp_accounting
 
     guess = dp_accounting.get_sigma_gaussian(target_epsilon, delta) * math.sqrt(releases)
-    digits: int = 5 - math.floor(math.log10(guess))
-    z = math.floor(guess * 10**digits) / 10**digits
-    while _composed(((z, releases),), delta) > target_epsilon:
-        z = round(z + 10**-digits, digits)
-    return float(z)
+    digits = 5 - math.floor(math.log10(guess))
+
+    def is_enough(units: int) -> bool:
+        return _composed(((round(units / 10**digits, digits), releases),), delta) <= target_epsilon
+
+    most = math.floor(guess * 10**digits)  # the guess is exact; what is accounted for is on a grid, and a little more
+    limit = math.floor(MOST_NOISE * 10**digits)
+    least, ahead = most, 1
+    while not is_enough(most):
+        if most >= limit:
+            return math.inf
+        least, most, ahead = most + 1, min(most + ahead, limit), 2 * ahead
+    units = bisect.bisect_left(range(least, most), True, key=is_enough) + least
+    return float(round(units / 10**digits, digits))
 
 
 def calibrated(config: RunConfig) -> RunConfig:
