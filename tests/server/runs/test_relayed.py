@@ -160,7 +160,7 @@ async def test_a_version_is_known_by_its_content_too(start: StartDaemon, tmp_pat
     second = await start(folder)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await supply(second, 1, again)
-    assert "stop and delete the run here" in str(caught.value.details())
+    assert "stop and delete the run at the edge" in str(caught.value.details())
     assert (await supply(second, 1, zeros())).version == 1
     assert await sum_of(second, 2) == kept, "a refusal changes nothing"
     await supply(second, 2, again)
