@@ -8,7 +8,7 @@ from pathlib import Path
 from fedpeft.adapters.payload import Tensors
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig
-from fedpeft.rounds.combinations import check_combination
+from fedpeft.rounds.combinations import check_combination, check_makes_versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ def checked_spec(config: RunConfig) -> AdapterSpec:
     from fedpeft.simulation.engines import engine_named
     from fedpeft.training.run_spec import spec_without_weights
 
+    check_makes_versions(config)
     if config.simulation:
         engine_named(config.simulation.engine)
     spec = spec_without_weights(config)

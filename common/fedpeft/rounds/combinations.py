@@ -31,6 +31,18 @@ def check_combination(config: RunConfig, spec: AdapterSpec) -> None:
     _refuse(misfits(config, spec))
 
 
+def check_makes_versions(config: RunConfig) -> None:
+    """Checks that a run's rounds make versions, as those of all runs do but the part of a parent's run at an edge.
+
+    Raises:
+        ConfigInvalid: If they make sums.
+    """
+    policy = config.rounds.policy_name
+    if not policy_of(config.rounds).makes_versions:
+        text = f"is {policy!r}: such a run is made by the agent of an edge, for one of its parent's server"
+        raise ConfigInvalid(f"rounds.policy {text}", (("rounds.policy", text),))
+
+
 def misfits(config: RunConfig, spec: AdapterSpec) -> list[Fault]:
     """Returns a fault for each combination of a run's parts that cannot work."""
     return [fault for rule in _RULES for fault in rule(config, spec)]

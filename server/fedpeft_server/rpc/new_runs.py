@@ -17,7 +17,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import ConfigInvalid, ManifestInvalid, SpecInvalid
 from fedpeft.privacy.accounting import calibrated
 from fedpeft.process.mapped_files import releaser
-from fedpeft.rounds.combinations import check_combination
+from fedpeft.rounds.combinations import check_combination, check_makes_versions
 from fedpeft.rounds.commit import write_version
 from fedpeft.rounds.policies import policy_of
 from fedpeft.rpc.wire import config_from_proto, manifest_from_proto, spec_from_proto
@@ -123,16 +123,13 @@ def _relayed(header: pb.CreateRunHeader, config: RunConfig) -> tuple[str, int] |
     Raises:
         ConfigInvalid: If the run's rounds and what it says of a parent do not go together.
     """
-    relays, policy = header.HasField("relays"), config.rounds.policy_name
-    if relays == policy_of(config.rounds).makes_versions:
-        text = (
-            f"is {policy!r}, whose rounds make versions; a run that relays another has rounds that make sums"
-            if relays
-            else f"is {policy!r}: such a run is made by the agent of an edge, for one of its parent's server"
-        )
-        raise ConfigInvalid(f"rounds.policy {text}", (("rounds.policy", text),))
-    if not relays:
+    if not header.HasField("relays"):
+        check_makes_versions(config)
         return None
+    if policy_of(config.rounds).makes_versions:
+        policy = config.rounds.policy_name
+        text = f"is {policy!r}, whose rounds make versions; a run that relays another has rounds that make sums"
+        raise ConfigInvalid(f"rounds.policy {text}", (("rounds.policy", text),))
     run, version = header.relays.run, header.relays.version
     if not ids.RUN.fullmatch(run):
         text = "must be 1 to 64 letters, digits, underscores or hyphens"

@@ -134,6 +134,7 @@ NO_MIX = {
     "fair, bias": ("bias", '[aggregation]\nstrategy = "lora_fair"\n', "aggregation.strategy is 'lora_fair'"),
     "fair, rolora": ("rolora", '[aggregation]\nstrategy = "lora_fair"\n', "aggregation.strategy is 'lora_fair'"),
     "buffered": ("bias", 'policy = "buffered"\n' + SCAFFOLD, "rounds.policy is 'buffered'"),
+    "relayed": ("bias", 'policy = "relayed"\n[aggregation]\nexact_sum = true\n', "rounds.policy is 'relayed'"),
 }
 
 
