@@ -161,6 +161,7 @@ def test_a_relay_outlives_kills_of_its_server_and_of_itself(federations: Callabl
     assert [each["clients"] for each in rounds_of(edge, run)] == 2 * [["alice", "bob"]]
 
 
+@pytest.mark.slow  # its parts are tested with a server alone; waits for both agents take a minute
 def test_a_second_agent_of_an_edge_is_refused(federations: Callable[[str], Edge]) -> None:
     """Two clients of the parent's server with one edge behind them: its updates are counted once."""
     parent, edge = federations("parent"), federations("edge")
