@@ -107,9 +107,7 @@ class Gate(grpc.aio.ServerInterceptor):
         serialize = handler.response_serializer or bytes
 
         def encode(message: Any) -> bytes:
-            data: bytes = (
-                message if isinstance(message, bytes) else serialize(message)
-            )  # a chunk is encoded once for all
+            data: bytes = message if isinstance(message, bytes) else serialize(message)
             if len(data) > MESSAGE_LIMIT_BYTES:
                 name = call.short_name
                 raise AnswerTooLarge(
