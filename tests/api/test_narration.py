@@ -73,3 +73,11 @@ def test_a_ticket_that_outlives_its_round_is_in_the_round_after_it() -> None:
     del after.tickets[1:]
     known = folded(folded({}, [before]), [after])
     assert [ticket.client for ticket in known[1].tickets] == ["noto"]
+
+
+def test_the_wait_of_an_edge_for_the_last_version_is_said_once() -> None:
+    reason = "run-0 waits for the last version of the parent's server"
+    narrator, run = Narrator(), a_run(version=2, reason=reason)
+    snapshot = RunSnapshot(run, {3: a_round(3)}, changed=frozenset({3}))
+    assert narrator.lines(snapshot)[-1] == reason
+    assert narrator.lines(snapshot) == []

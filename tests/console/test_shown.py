@@ -15,6 +15,7 @@ from fedpeft_operator.console.examples import EXAMPLES
 from fedpeft_operator.console.feeds.disks import disk_facts
 from fedpeft_operator.console.feeds.facts import Reader, RoundFacts, TicketFacts
 from fedpeft_operator.console.pages.creation import excerpts
+from fedpeft_operator.console.renderer import Renderer
 from fedpeft_operator.console.run_file import RunFileInvalid, read
 from fedpeft_operator.console.shown.captions import captions
 from fedpeft_operator.console.shown.client import Followed, chart, history, remarks, tiles
@@ -24,7 +25,7 @@ from fedpeft_operator.console.shown.outliers import norms, times
 from fedpeft_operator.console.shown.overview import card
 from fedpeft_operator.console.shown.overview import tiles as overview_tiles
 from fedpeft_operator.console.shown.pagination import paginate
-from fedpeft_operator.console.shown.run import Tile, stage
+from fedpeft_operator.console.shown.run import Tile, head, stage
 from fedpeft_operator.console.shown.run import tiles as run_tiles
 from fedpeft_operator.console.shown.series import MOST_NORMS, MOST_POINTS, series, thinned
 from fedpeft_operator.console.shown.sparkline import sparkline
@@ -284,3 +285,13 @@ def test_a_run_without_classes_is_scored_by_its_loss() -> None:
     assert captions(rounds, {"loss": 1.5})["accuracy"] == "Versions are scored by loss only."
     unscored = card(a_run(), None, [])
     assert (unscored.score, unscored.scored_by) == ("", "")
+
+
+def test_a_run_of_an_edge_says_that_it_waits_for_the_last_version() -> None:
+    run = a_run(version=2, reason="run-0 waits for the last version of the parent's server")
+    snapshot = RunSnapshot(run, {3: a_round(3)})
+    now = stage(snapshot, [round_(3, [ticket("a")])])
+    assert now is None
+    page = Renderer("127.0.0.1:7070", False).fragment("run/stage.html", stage=now, head=head(run), declines=[])
+    assert "waits for the last version of the parent&#39;s server" in page
+    assert card(run, snapshot, []).sentence == run.reason

@@ -173,6 +173,8 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
             await abort(context, VersionSuperseded(f"{run.id} has version {run.version} by now"))
         self.supplied.append((header, data))
         run.version = header.version
+        if run.version >= run.config.rounds.count:
+            run.state = run_pb2.RUN_STATE_COMPLETED
         return pb.SupplyVersionResponse(run=run)
 
     async def DownloadSum(self, request: pb.DownloadSumRequest, context: Any) -> AsyncIterator[pb.DownloadSumResponse]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import numpy as np
 
 from fedpeft.adapters import payload
 from fedpeft.config import RunConfig
@@ -10,7 +13,7 @@ from fedpeft.rpc import wire
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2, tensor_pb2
 
-from .conftest import SPEC, Arrays, Daemon, answered, config
+from .conftest import SPEC, Arrays, Daemon, RawClient, answered, config, zeros
 
 EXACT = {"strategy": "fedavg", "exact_sum": True}
 RUN = "run-parent000001"
@@ -60,3 +63,32 @@ async def sum_of(edge: Daemon, number: int, run: str = RUN, offset: int = 0) -> 
         else:
             data += part.chunk.data
     return header, bytes(data)
+
+
+def update(client: int, number: int) -> Arrays:
+    """A change of one client, in magnitudes that a sum in another order would round otherwise."""
+    rng = np.random.default_rng([client, number])
+    return {
+        t.name: (rng.standard_normal(t.shape) * 10.0 ** rng.integers(-6, 2, t.shape)).astype(np.float32)
+        for t in SPEC.sent(1)
+    }
+
+
+def ones() -> Arrays:
+    return {name: np.ones_like(values) for name, values in zeros().items()}
+
+
+async def train(clients: Sequence[tuple[int, RawClient]], number: int) -> None:
+    tasks = await asyncio.gather(*(client.task() for _, client in clients))
+    for (index, client), task in zip(clients, tasks, strict=True):
+        assert (task.round, task.version) == (number, number - 1)
+        await client.push(task.ticket, update(index, number), examples=10 + index)
+
+
+async def committed(edge: Daemon, number: int, run: str = RUN) -> None:
+    async with asyncio.timeout(10):
+        while (await edge.run(run)).state == run_pb2.RUN_STATE_RUNNING:
+            rounds = await edge.rounds(run)
+            if any(each.number == number and each.record for each in rounds):
+                return
+            await asyncio.sleep(0.02)

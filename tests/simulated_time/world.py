@@ -328,17 +328,14 @@ class _World:
         return run_config(buffered=schedule.buffered, exact=schedule.exact, clients=len(clients))
 
     async def _is_complete(self, run: str, port: int) -> bool:
-        """Returns True if a server's run is complete, with its last version, which comes to an edge after that.
-
-        Resumes one that was paused, for want of updates or of room.
-        """
+        """Returns True if a server's run is complete; resumes one that was paused, for want of updates or of room."""
         found = await self._run(run, port)
         if found.state == run_pb2.RUN_STATE_PAUSED:
             self._resumed += 1
             with suppress(grpc.aio.AioRpcError):  # it is tried again
                 await self._operator(port).ResumeRun(op.ResumeRunRequest(run=run), timeout=30)
             await asyncio.sleep(600.0)
-        return bool(found.state == run_pb2.RUN_STATE_COMPLETED and found.version >= found.config.rounds.count)
+        return bool(found.state == run_pb2.RUN_STATE_COMPLETED)
 
     async def _run(self, run: str, port: int) -> Any:
         """Returns a server's run; an empty one while an edge has none."""

@@ -152,13 +152,14 @@ class EdgeRound:
             return
         found = await server.rounds(ours.run.id, after=ours.version.number, records=False)
         self._rounds = {each.number: each for each in found}
-        over, known = self._is_over(), self._run.version
-        if known > ours.version.number and not over:
+        known = self._run.version
+        if known > ours.version.number:
             raise TrainingFailed(
-                f"the edge has version {known} of the run by now, and made no sum of round {ours.number}; if this "
-                "server was restored from a backup, the run is to be stopped and deleted at the edge"
+                f"the edge has version {known} of the run, and the ticket starts from version {ours.version.number}: "
+                "was this server restored from a backup? Then stop and delete the run at the edge; the next ticket "
+                "creates it anew from here"
             )
-        if known == ours.version.number or not over:
+        if known == ours.version.number or not self._is_over():
             await self._supply(server)
         if known < self._run.version:
             self._log.info("version is supplied to the edge", version=ours.version.number)
@@ -167,16 +168,16 @@ class EdgeRound:
         """Supplies the round's version; the edge's server compares one that it has, so that no other is trained from.
 
         Raises:
-            TrainingFailed: If it has another one of this number. The edge's run is paused, with that for its reason.
+            TrainingFailed: If it has another one of this number. The edge's server pauses the run, with that for its
+                reason.
         """
         ours = self._request
         try:
             self._run = await supply(server, self._options, ours.version)
         except VersionDiffers as error:
-            self._log.error("the edge's version is not the parent's of that number", cause=error.message)
-            if self._run.state == run_pb2.RUN_STATE_RUNNING:
-                await server.pause(ours.run.id, error.message)
-                self._log.warning("the edge's run is paused, with that for its reason")
+            self._log.error(
+                "the edge's version is not the parent's of that number", reason=error.reason, cause=error.message
+            )
             raise TrainingFailed(
                 f"the edge has another version {ours.version.number} of the run than this server, which made it again, "
                 "as after a restore from a backup; the run is to be stopped and deleted at the edge"

@@ -11,7 +11,7 @@ import structlog
 from google.protobuf import json_format
 
 from fedpeft.api.operator_client import FINISHED
-from fedpeft.errors import ConfigInvalid, FedpeftError, RelayDiffers, RunNotFound
+from fedpeft.errors import ConfigInvalid, FedpeftError, RelayDiffers, RunNotFound, VersionDiffers
 from fedpeft.v1 import run_pb2
 from fedpeft_client.eligibility.rules import Reason
 from fedpeft_client.owner.policy import Policy
@@ -89,6 +89,8 @@ class RelayWorker:
     async def finished(self, request: Message) -> Message:
         """Ends the edge's run of a parent's run that is over: with its last version, or stopped where there is none.
 
+        A last version that is there is compared: the parent may have made it again, after a restore from a backup.
+
         Returns:
             `done`: True if that is done, or need not be. `wants`: the edge's run, where its last version is needed for
             that and did not come with the request.
@@ -100,7 +102,7 @@ class RelayWorker:
             async with self._edge.connected() as server:
                 found, _ = await server.run(run)
                 last = found.config.rounds.count
-                if how != COMPLETED or found.state == run_pb2.RUN_STATE_STOPPED or found.version >= last:
+                if how != COMPLETED or found.state == run_pb2.RUN_STATE_STOPPED:
                     if found.state not in FINISHED:
                         await server.stop(run, f"the parent's run is {how}")
                         _log.info("the edge's run is stopped, for the parent's is over", state=how)
@@ -109,7 +111,11 @@ class RelayWorker:
                 else:
                     version = Version.from_json(KnownRun.of(found, of_sums=True), last, adapter)
                     await supply(server, self._options, version)
-                    _log.info("the edge's run is completed with the parent's last version", version=last)
+                    if found.state not in FINISHED:
+                        _log.info("the edge's run is completed with the parent's last version", version=last)
+        except VersionDiffers as error:  # nothing that another attempt would mend
+            _log.error("the edge's last version is not the parent's", reason=error.reason, cause=error.message)
+            return {"done": True}
         except (RunNotFound, RelayDiffers):
             return {"done": True}
         except FedpeftError as error:

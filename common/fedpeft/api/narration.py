@@ -45,6 +45,8 @@ class Narrator:
             key = f"{current.number} {current.phase} {current.extensions}"
             lines += self._once(phase_line(current, snapshot.run), key)
             lines += self._hanging(snapshot.run, current.number)
+        elif views.state(snapshot.run) == "running":  # an edge's, after its last round
+            lines += self._once(snapshot.run.reason)
         for decline in snapshot.run.declines:
             lines += self._once(decline_line(decline))
         for row in views.evaluators(snapshot.run):

@@ -95,6 +95,13 @@ class Supplied:
 
 
 @dataclass(frozen=True, slots=True)
+class Differed:
+    """The newest version is not the one that the parent's server has by its number: nothing more is to come of it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stopped:
     """The run was stopped: nothing more is taken and nothing will be folded, whatever comes after."""
 
@@ -114,6 +121,7 @@ Event = (
     | Aggregated
     | RolledBack
     | Supplied
+    | Differed
     | Stopped
 )
 

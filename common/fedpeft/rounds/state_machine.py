@@ -43,6 +43,7 @@ from fedpeft.registry import Registry
 from fedpeft.rounds.events import (
     Aggregate,
     Aggregated,
+    Differed,
     Effect,
     Event,
     Excluded,
@@ -239,7 +240,7 @@ def advance(state: Round, event: Event, config: RoundsConfig, now: float) -> Ste
             return _close_ticket(state, ticket, TicketState.REFUSED, reason)
         case TimePassed():
             return _time_passed(state, config, now)
-        case Paused():
+        case Paused() | Differed():
             return (state, ()) if state.deadline is None else (replace(state, deadline=None), ())
         case Resumed():
             return _resumed(state, config, now)

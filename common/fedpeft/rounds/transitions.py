@@ -15,6 +15,7 @@ from fedpeft.config import RoundsConfig
 from fedpeft.errors import RunFinished, RunNotRelayed, RunRelayed, VersionSuperseded
 from fedpeft.rounds.events import (
     Aggregated,
+    Differed,
     Event,
     Pause,
     Paused,
@@ -71,9 +72,13 @@ class RunStatus:
         return self.is_active and self.round.phase is Phase.AGGREGATING
 
     @property
-    def awaits_version(self) -> bool:
-        """True if the round in progress cannot open before its parent's version is supplied."""
-        return self.version < self.round.base_version
+    def awaited_version(self) -> int | None:
+        """The version that a parent's server must supply before the run goes on; None if it need not.
+
+        After the last round that is the last version, with which the run is completed.
+        """
+        needed = self.round.number if self.round.phase is Phase.COMMITTED else self.round.base_version
+        return needed if self.is_active and self.version < needed else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +163,10 @@ def changes(before: RunStatus, after: RunStatus, config: RoundsConfig, now: floa
 def in_progress(newest: Round, version: int, config: RoundsConfig, now: float, *, active: bool) -> Round:
     """Returns the round that a run is in, given its newest one: after a committed round the next, if there is one.
 
-    Where a parent's run went on without this one, it is the round after the newest version.
+    Where a parent's run went on without this one, it is the round after the newest version. The last one stays while
+    the parent's version of that number is awaited.
     """
-    if not active:
+    if not active or (newest.phase is Phase.COMMITTED and newest.number >= config.count):
         return newest
     current = newest.following(config, now) if newest.phase is Phase.COMMITTED else newest
     return current if version <= current.base_version else Round(current.run, version + 1)
@@ -193,12 +199,11 @@ def _supplied(status: RunStatus, version: int, config: RoundsConfig, now: float)
         raise VersionSuperseded(f"{run} has version {status.version} by now; version {version} comes too late")
     if version == status.version:
         return status
-    is_last = status.state is RunState.COMPLETED and version == config.count  # which its own rounds did not make
-    if not status.is_active and not is_last:
+    if not status.is_active:
         raise RunFinished(f"{run} is {status.state}: it takes no version any more")
     closed, _ = advance(status.round, Supplied(version), config, now)
     if closed.phase is Phase.WAITING and closed.number <= version:  # nobody has begun it: it leaves nothing behind
-        closed = Round(run, version + 1)
+        closed = Round(run, min(version + 1, config.count))
     after = replace(status, version=version, round=closed)
     return replace(after, state=RunState.COMPLETED, reason="") if version >= config.count else after
 
@@ -209,10 +214,13 @@ def _was_out(ticket: Ticket | None) -> bool:
 
 def _after(status: RunStatus, event: Event, config: RoundsConfig, now: float) -> RunStatus:
     match event:
-        case Waiting() | TimePassed() if status.state is not RunState.RUNNING or status.awaits_version:
+        case Waiting() | TimePassed() if status.state is not RunState.RUNNING or status.awaited_version is not None:
             return status
         case Stopped() if status.state is RunState.STOPPED:
             return status
+        case Differed(reason) if status.state is not RunState.RUNNING:  # a completed run has a reason where this is so
+            is_news = status.state is RunState.COMPLETED and status.reason != reason
+            return replace(status, reason=reason) if is_news else status
         case Paused() | Resumed() | Stopped() | RolledBack() if not status.is_active:
             text = "it cannot be paused, resumed, stopped or rolled back any more"
             raise RunFinished(f"{status.round.run} is {status.state}: {text}")
@@ -225,17 +233,17 @@ def _after(status: RunStatus, event: Event, config: RoundsConfig, now: float) ->
     new, follow = advance(status.round, event, config, now)
     after = status if new is status.round else replace(status, round=new)
     match event:
-        case Paused(reason):
+        case Paused(reason) | Differed(reason):
             after = replace(after, state=RunState.PAUSED, reason=reason)
         case Resumed():
             after = replace(after, state=RunState.RUNNING, reason="")
         case Stopped(reason):
             after = replace(after, state=RunState.STOPPED, reason=reason)
         case Aggregated() | RolledBack() if new is not status.round:
-            over = new.number >= config.count
             if policy_of(config).makes_versions:
                 after = replace(after, version=new.number)
-            after = replace(after, state=RunState.COMPLETED, reason="") if over else after
+                if new.number >= config.count:
+                    after = replace(after, state=RunState.COMPLETED, reason="")
     for effect in follow:
         if isinstance(effect, Pause):
             after = replace(after, state=RunState.PAUSED, reason=effect.reason)

@@ -265,7 +265,8 @@ class OperatorServiceServicer:
     def SupplyVersion(self, request_iterator, context):
         """SupplyVersion brings an adapter version of the parent run to a relayed run (CreateRunHeader.relays), and begins the
         round after it: a header, then the payload in chunks. A round that was in progress is over, whatever had come for it.
-        A version that the run has already changes nothing: the server answers after the header, and takes no chunk.
+        A version that the run has already changes nothing: the server answers after the header, and takes no chunk. The last
+        version completes the run. VERSION_DIFFERS pauses it, and a completed one has that for its reason.
         NOT_FOUND            RUN_NOT_FOUND
         INVALID_ARGUMENT     MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
         FAILED_PRECONDITION  RUN_FINISHED         completed or stopped

@@ -28,7 +28,7 @@ from fedpeft_server.rpc.new_runs import stored_version
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.blobs.integrity import Kind
-from fedpeft_server.store.rows import VersionRow
+from fedpeft_server.store.rows import RunState, VersionRow
 from fedpeft_server.store.store import NewVersion, Store, file_key, sum_key
 from fedpeft_server.uploads.incoming import Context, first_header
 from fedpeft_server.uploads.pipeline import Uploads
@@ -87,7 +87,7 @@ class Relaying:
         """Checks that a run's version is the one of a parent's server whose float32 payload has the digest `sha256`.
 
         Raises:
-            VersionDiffers: If it is another one.
+            VersionDiffers: If it is another one; the run says so from now on, and is paused unless it is over.
             BlobCorrupt: If its file is missing or corrupt.
         """
         run = engine.run.id
@@ -95,10 +95,9 @@ class Relaying:
             row = await self._store.transact(self._store.db.version, run, version)
             found = await self._store.version(self._payload_sha256, row)
         if found != sha256:
-            raise VersionDiffers(
-                f"{run} has another version {version} than the parent's server, which made it again, as after a "
-                "restore from a backup; stop and delete the run at the edge: it is created anew from the parent's"
-            )
+            error = _differs(engine, version)
+            await engine.differs(error.message, actor())
+            raise error
 
     def _payload_sha256(self, version: VersionRow) -> bytes:
         with self._store.blobs.verified(file_key(version), version.sha256, Kind.VERSION) as path:
@@ -157,3 +156,14 @@ class Relaying:
         if policy_of(engine.run.config.rounds).makes_versions:
             raise RunNotRelayed(f"{run} makes its versions itself; only the part of a parent's run is relayed")
         return engine
+
+
+def _differs(engine: RunEngine, version: int) -> VersionDiffers:
+    """Returns the error of a version that is another one at the parent's server, with what can be done about it."""
+    remedy = "stop and delete the run at the edge: it is created anew from the parent's"
+    if engine.run.state is RunState.COMPLETED:
+        remedy = "the run's result is that of the parent: export it there, and delete the run at the edge"
+    return VersionDiffers(
+        f"{engine.run.id} has another version {version} than the parent's server, which made it again, as after a "
+        f"restore from a backup; {remedy}"
+    )

@@ -292,7 +292,8 @@ class RunEngine:
         event = events.Stopped(reason or "stopped by the operator")
         if made := await self.actor.call(lambda: self.actor.advance(event, by=by)):
             self._metrics.rounds.labels(self.run.id, "stopped").inc()
-            self._background.watch("files", self.tasks.start(self._folding.forget_stopped(made.changes.round)))
+            if made.changes.round.stopped:  # else it is committed, and what is kept of it stays
+                self._background.watch("files", self.tasks.start(self._folding.forget_stopped(made.changes.round)))
 
     @shielded
     async def readmit(self, client: str, by: str) -> None:
@@ -371,6 +372,26 @@ class RunEngine:
         self._store.soon(self._store.forget_sums, self.run.id, new.version)
         if made.changes.round.stopped:
             self._background.watch("files", self.tasks.start(self._folding.forget_stopped(made.changes.round)))
+
+    @shielded
+    async def differs(self, reason: str, by: str) -> None:
+        """Pauses the run, whose newest version is not the parent's of that number; a completed one has it for a reason.
+
+        Args:
+            reason: A sentence that says so.
+            by: The caller that brought the parent's version.
+        """
+
+        async def decide(status: RunStatus) -> Transition | None:
+            changes = self.actor.changes(status, events.Differed(reason))
+            details: dict[str, Detail] = {"version": status.version, "reason": reason}
+            said = AuditEvent(by, "version.differs", self.run.id, details)
+            return Transition(changes, audit_events=(said,)) if changes else None
+
+        if made := await self.actor.call(lambda: self.actor.transit(decide)):
+            self._log.error("the newest version is not the parent's", version=made.changes.after.version, cause=reason)
+            if made.changes.after.state is RunState.PAUSED:
+                self._metrics.rounds.labels(self.run.id, "paused").inc()
 
     async def _rolled_back(self, status: RunStatus, to: int, reason: str, by: str) -> Transition | None:
         """Stores the next version, which is an earlier one; returns the transition, None if it was made last."""

@@ -41,8 +41,10 @@ def awaited(
     run, current, config = engine.run, engine.round, engine.run.config.rounds
     if run.state is not RunState.RUNNING:
         return f"{run.id} is {run.state}" + (f": {run.reason}" if run.reason else "")
-    if engine.actor.status.awaits_version:
-        return f"round {current.number} of {run.id} waits for version {current.base_version} of the parent's server"
+    if (version := engine.actor.status.awaited_version) is not None:
+        if version >= config.count:
+            return f"{run.id} waits for the last version of the parent's server"
+        return f"round {current.number} of {run.id} waits for version {version} of the parent's server"
     if current.phase is Phase.WAITING:
         if not begins_together(current, config):
             return f"round {current.number} of {run.id} waits for a client{_others(declined, unanswered)}"

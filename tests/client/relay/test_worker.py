@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import json_format
 
 from fedpeft.adapters import payload
-from fedpeft.errors import CertificateRevoked, FedpeftError, IdentityInvalid, RoleMayNot
+from fedpeft.errors import CertificateRevoked, FedpeftError, IdentityInvalid, RoleMayNot, VersionDiffers
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.subject import Role
 from fedpeft.process import logs
@@ -145,7 +145,7 @@ async def test_a_run_that_is_over_is_stopped_at_the_edge(served: Serving, worker
 
 
 async def test_a_run_that_is_completed_gets_its_last_version(
-    served: Serving, worker: WorkerProcess, tmp_path: Path
+    served: Serving, worker: WorkerProcess, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = served.double.runs["run-a"] = a_run("run-a", version=2)
     wants = (await worker.ask(ended("run-a", "completed")))["wants"]
@@ -159,7 +159,14 @@ async def test_a_run_that_is_completed_gets_its_last_version(
     assert await worker.ask(ended("run-a", "completed", adapter=adapter)) == {"done": True}
     ((header, _),) = served.double.supplied
     assert (header.version, header.client, run.version) == (3, "edge", 3)
-    assert await worker.ask(ended("run-a", "completed")) == {"done": True}, "it has the version"
+    assert "wants" in await worker.ask(ended("run-a", "completed")), "it has the version, which is compared"
+    for failure in ([], [VersionDiffers("run-a has another version 3")]):
+        served.double.failures["SupplyVersion"] = failure
+        assert await worker.ask(ended("run-a", "completed", adapter=adapter)) == {"done": True}
+    said = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [line["version"] for line in said if "is completed with" in line["event"]] == [3], "once"
+    (error,) = [line for line in said if line["level"] == "error"]
+    assert (error["reason"], error["cause"]) == ("VERSION_DIFFERS", "run-a has another version 3")
     stopped = served.double.runs["run-b"] = a_run("run-b", state=run_pb2.RUN_STATE_STOPPED)
     assert (await worker.ask(ended("run-b", "completed")))["done"] and not stopped.version
 

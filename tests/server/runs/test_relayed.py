@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +33,8 @@ from fedpeft_server.commands import check
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.store.store import sum_key
 
-from ..conftest import SPEC, Arrays, Daemon, RawClient, StartDaemon, config, refused, zeros
-from ..relayed_calls import EXACT, RUN, edges, make, parents, sum_of, supply
-
-
-def update(client: int, number: int) -> Arrays:
-    """A change of one client, in magnitudes that a sum in another order would round otherwise."""
-    rng = np.random.default_rng([client, number])
-    return {
-        t.name: (rng.standard_normal(t.shape) * 10.0 ** rng.integers(-6, 2, t.shape)).astype(np.float32)
-        for t in SPEC.sent(1)
-    }
-
-
-async def train(clients: Sequence[tuple[int, RawClient]], number: int) -> None:
-    tasks = await asyncio.gather(*(client.task() for _, client in clients))
-    for (index, client), task in zip(clients, tasks, strict=True):
-        assert (task.round, task.version) == (number, number - 1)
-        await client.push(task.ticket, update(index, number), examples=10 + index)
-
-
-async def committed(edge: Daemon, number: int, run: str = RUN) -> None:
-    async with asyncio.timeout(10):
-        while (await edge.run(run)).state == run_pb2.RUN_STATE_RUNNING:
-            rounds = await edge.rounds(run)
-            if any(each.number == number and each.record for each in rounds):
-                return
-            await asyncio.sleep(0.02)
+from ..conftest import SPEC, Daemon, StartDaemon, config, refused, zeros
+from ..relayed_calls import EXACT, RUN, committed, edges, make, parents, sum_of, supply, train, update
 
 
 async def test_two_edges_give_the_bits_of_one_flat_federation(start: StartDaemon, tmp_path: Path) -> None:
@@ -101,7 +76,8 @@ async def test_two_edges_give_the_bits_of_one_flat_federation(start: StartDaemon
         spool = daemon.server.settings.data_dir / "spool"
         await verified(Session(daemon.server.settings.listen), of, spool, lines.append)
         assert len(lines) == 3
-    assert (await north.run(run)).state == run_pb2.RUN_STATE_COMPLETED
+    assert (await north.run(run)).state == run_pb2.RUN_STATE_RUNNING
+    assert (await supply(north, 3, await parent.adapter(run, 3), run)).state == run_pb2.RUN_STATE_COMPLETED
     records = [json.loads(each.record) for each in await parent.rounds(run)]
     sums = [json.loads(each.record)["sum_sha256"] for each in await north.rounds(run)]
     assert sums == [record["contributions"][1]["sha256"] for record in records], "the records name each other"
@@ -199,35 +175,6 @@ async def test_a_creation_that_comes_too_late_leaves_the_run_as_it_is(daemon: Da
     own = (await daemon.create(parents(), request_id="own")).id
     assert await refused(make(daemon, 0, zeros(), own)) == "REQUEST_ID_REUSED"
     assert (await daemon.adapter(own, 0)).keys() == zeros().keys()
-
-
-@pytest.mark.parametrize("rounds", [1, 2])
-async def test_a_run_ends_with_the_last_version_of_the_parents(start: StartDaemon, tmp_path: Path, rounds: int) -> None:
-    """Its own rounds make all versions of the parent but that one; it need not have had a part in the last rounds."""
-    folder, last = tmp_path / "edge", {name: values + 1 for name, values in zeros().items()}
-    edge = await start(folder)
-    await make(edge, 0, zeros(), made=edges(count=2))
-    clients = list(enumerate(await edge.clients("a", "b")))
-    await train(clients, 1)
-    await committed(edge, 1)
-    if rounds == 2:
-        await supply(edge, 1, zeros())
-        await train(clients, 2)
-        await edge.until(RUN, lambda run: run.state == run_pb2.RUN_STATE_COMPLETED)
-    run = await supply(edge, 2, last)
-    assert (run.state, run.version, run.reason) == (run_pb2.RUN_STATE_COMPLETED, 2, "")
-    assert (await supply(edge, 2, last)).version == 2
-    assert await refused(supply(edge, 3, last)) == "RUN_FINISHED"
-    await edge.end()
-    again = await start(folder)
-    assert (await again.run(RUN)).version == 2
-    assert [each.number for each in await again.rounds(RUN) if each.record] == list(range(1, rounds + 1))
-    given = await again.adapter(RUN, 2)
-    assert all(np.array_equal(given[name], last[name]) for name in last)
-    lines: list[str] = []
-    assert len((await verified(Session(again.server.settings.listen), RUN, None, lines.append))["rounds"]) == rounds
-    await again.end()
-    assert await asyncio.to_thread(check.main, ["--data-dir", str(folder)]) == 0
 
 
 async def test_a_version_that_is_here_is_not_sent_again(daemon: Daemon) -> None:
@@ -369,19 +316,19 @@ def status(number: int, version: int, **facts: object) -> RunStatus:
 def test_a_round_opens_once_its_version_is_there() -> None:
     rounds = edges(count=9, clients=1).rounds
     waits = status(5, 3)
-    assert waits.awaits_version
+    assert waits.awaited_version == 4
     there = Waiting(frozenset("ab"), {}, 0.0)
     assert transition(waits, [there], rounds, 0.0) is None
     assert transition(waits, [TimePassed()], rounds, 1e12) is None
     supplied = transition(waits, [Supplied(4)], rounds, 0.0)
-    assert supplied and supplied.after.round.number == 5 and not supplied.after.awaits_version
+    assert supplied and supplied.after.round.number == 5 and supplied.after.awaited_version is None
     opened = transition(supplied.after, [there], rounds, 0.0)
     assert opened and opened.after.round.phase is Phase.OPEN
     over = transition(opened.after, [Supplied(7)], rounds, 0.0)
     assert over and over.round.stopped and over.after.round == Round(RUN, 8)
     assert {ticket.state for ticket in over.round.tickets} == {TicketState.LATE}
     last = transition(over.after, [Supplied(9)], rounds, 0.0)
-    assert last and last.after.state is RunState.COMPLETED
+    assert last and last.after.state is RunState.COMPLETED and last.after.round == Round(RUN, 9)
 
 
 def test_supplies_are_judged_by_the_newest_version() -> None:
