@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,25 @@ def test_clients_with_noise_of_their_own_say_nothing_of_their_data_and_stop_when
             assert not {"loss", "loss_first", "loss_last", "clip_factor", "skipped_images"} & ticket["metrics"].keys()
     assert report["privacy"]["relation"] == "replace" and report["privacy"]["epsilon"] == spent[-1]
     assert [event["kind"] for event in report["rounds"][0]["events"]] == ["locally_noised"]
+
+
+def test_the_epsilon_of_a_round_is_that_of_the_client_that_spent_most_so_far(tmp_path: Path, folders: Path) -> None:
+    """Also where it was not sampled again, and after the run was killed."""
+    run = config(
+        privacy={**PRIVACY, "mechanism": "local", "noise_multiplier": 60.0},
+        rounds={"count": 4, "clients": 1, "seed": 2},
+        training={"steps": 1, "batch_size": 2},
+    )
+    names = dict(list(clients(folders).items())[:2])
+
+    def killed(row: dict[str, Any]) -> None:
+        if row["version"] == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        simulate(run, names, tmp_path, committed=killed)
+    report = simulate(run, names, tmp_path)
+    said = [ticket["metrics"]["privacy_epsilon"] for row in report["rounds"] for ticket in row["tickets"]]
+    assert any(later < before for before, later in itertools.pairwise(said)), "the one that spent less comes after"
+    shown = [row["metrics"]["privacy_epsilon"] for row in report["rounds"]]
+    assert shown == list(itertools.accumulate(said, max)) and report["privacy"]["epsilon"] == shown[-1]

@@ -48,12 +48,13 @@ class RoundPrivacy:
         """
         return tuple(transform.event(count) for transform in transforms_of(self._config))
 
-    def figures(self, past: Sequence[Event], spent: Iterable[float]) -> dict[str, float]:
+    def figures(self, past: Sequence[Event], before: float, spent: Iterable[float]) -> dict[str, float]:
         """Returns the figures of a round.
 
         Args:
             past: Events of all rounds, this one's too.
-            spent: Epsilon that each client says it has spent, 0 where it says none.
+            before: Epsilon of the committed round before; 0 where there is none.
+            spent: Epsilon that each client of this round says it has spent, 0 where it says none.
         """
         return {}
 
@@ -61,9 +62,9 @@ class RoundPrivacy:
 class ClientNoise(RoundPrivacy):
     """Noise of each client's own: it keeps its own budget, and says what it spent."""
 
-    def figures(self, past: Sequence[Event], spent: Iterable[float]) -> dict[str, float]:
-        """See `RoundPrivacy.figures`; the epsilon of the client that spent most."""
-        return {EPSILON: max(spent, default=0.0)}
+    def figures(self, past: Sequence[Event], before: float, spent: Iterable[float]) -> dict[str, float]:
+        """See `RoundPrivacy.figures`; the epsilon of the client that spent most, in this round or an earlier one."""
+        return {EPSILON: max(before, *spent)}
 
 
 class StepNoise(ClientNoise):
@@ -98,7 +99,7 @@ class CentralNoise(RoundPrivacy):
         """See `RoundPrivacy.events`; draws the noise of the count of updates within the bound."""
         return super().events(count, norms, past) + self._central.events(norms, past)
 
-    def figures(self, past: Sequence[Event], spent: Iterable[float]) -> dict[str, float]:
+    def figures(self, past: Sequence[Event], before: float, spent: Iterable[float]) -> dict[str, float]:
         """See `RoundPrivacy.figures`; the epsilon of the run."""
         return {EPSILON: accounting.epsilon(past, self._delta)}
 

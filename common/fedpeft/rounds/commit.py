@@ -161,6 +161,7 @@ def fold_round(
     *,
     screened: bool = True,
     ledger: Sequence[Event] = (),
+    epsilon: float = 0.0,
 ) -> Outcome:
     """Folds round `number` into the files `adapter` and `state` of `folder`, tensor by tensor.
 
@@ -181,6 +182,7 @@ def fold_round(
         screened: True if updates are judged; False where a record says which were folded. With noise none is judged:
             that it was left out would say something of the others, and the bound does the work.
         ledger: Events of all rounds before, oldest first.
+        epsilon: Figure of that name of the committed round before; 0 where it has none.
 
     Raises:
         BlobCorrupt: If `base` or `state` does not have its digest.
@@ -210,7 +212,7 @@ def fold_round(
         folded.shares,
         record,
         digest(record),
-        folded.figures | _figures(kept) | privacy.figures(ledger, spent),
+        folded.figures | _figures(kept) | privacy.figures(ledger, epsilon, spent),
         verdict.words,
         median(extents(header, kept)) if screened else Extent(0.0, 0.0),
         events,

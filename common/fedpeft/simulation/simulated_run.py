@@ -104,7 +104,7 @@ class SimulatedRun:
         while current.number <= self._config.rounds.count:
             if why := overspent(self._config, self._versions.ledger, current.number):
                 return self._report(initial, done, RoundBook(current), why)
-            book, reason = self._folded(current)
+            book, reason = self._folded(current, _spent(done))
             if reason:
                 return self._report(initial, done, book, reason)
             book.round = self._advance(book.round, events.Aggregated())
@@ -188,12 +188,12 @@ class SimulatedRun:
                 log.warning("client set aside", round=done.number, client=client, refused=new.refused)
             known[client] = new
 
-    def _folded(self, current: Round) -> tuple[RoundBook, str]:
-        """Holds a round up to its commit; or returns why it cannot get there."""
+    def _folded(self, current: Round, epsilon: float) -> tuple[RoundBook, str]:
+        """Holds a round up to its commit, `epsilon` being spent before; or returns why it cannot get there."""
         book = RoundBook(current)
         while not (reason := self._close(book)):
             try:
-                self._versions.fold(book)
+                self._versions.fold(book, epsilon)
             except RoundEmptied as emptied:
                 self._exclude(book, emptied.excluded)
                 continue
@@ -346,5 +346,9 @@ def _privacy(config: RunConfig, done: list[Json]) -> Json | None:
     given = config.privacy
     if given is None or given.mechanism is None:
         return None
-    spent = max((row["metrics"].get(EPSILON, 0.0) for row in done), default=0.0)
-    return statement(given.mechanism, given.delta or 0.0, spent, given.noise_multiplier, given.target_epsilon)
+    return statement(given.mechanism, given.delta or 0.0, _spent(done), given.noise_multiplier, given.target_epsilon)
+
+
+def _spent(done: list[Json]) -> float:
+    """Returns the epsilon that these rounds have spent; 0 without noise."""
+    return max((row["metrics"].get(EPSILON, 0.0) for row in done), default=0.0)

@@ -153,8 +153,12 @@ class Versions:
         """Returns where the payload of a ticket is kept until it is folded."""
         return self._scratch / ticket
 
-    def fold(self, book: RoundBook) -> None:
+    def fold(self, book: RoundBook, epsilon: float) -> None:
         """Folds the updates of a round into the next version, and leaves its record; notes what came of it.
+
+        Args:
+            book: Of the round.
+            epsilon: Figure of that name of the committed round before; 0 where it has none.
 
         Raises:
             RoundEmptied: If none of them can be folded.
@@ -186,6 +190,7 @@ class Versions:
             self._scratch,
             past=past,
             ledger=self.ledger,
+            epsilon=epsilon,
         )
         self._extents[number] = outcome.extent
         os.replace(self._scratch / "state", self._state(number))

@@ -921,7 +921,7 @@ class DownloadSumHeader(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Figures of the round: `updates`, how many were added; if the updates had them, `loss`, the mean over the examples, and
-        `privacy_epsilon`, the largest.
+        `privacy_epsilon`, the largest so far.
         """
 
     def __init__(

@@ -31,7 +31,7 @@ from fedpeft.errors import (
 )
 from fedpeft.privacy.accounting import BudgetSpent
 from fedpeft.privacy.central import central_of
-from fedpeft.privacy.events import Event
+from fedpeft.privacy.statement import EPSILON
 from fedpeft.process import tracing
 from fedpeft.process.durable import create_eagerly
 from fedpeft.rounds import conduct, screening
@@ -50,7 +50,7 @@ from fedpeft_server.runs.round_log import RoundLog
 from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.refusals import store_refusals
-from fedpeft_server.store.rows import SERVER, LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
+from fedpeft_server.store.rows import SERVER, FoldInputs, LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
 from fedpeft_server.store.store import Store, file_key, state_file_key, state_prefix, sum_key, version_prefix
 from fedpeft_server.timing import Timing
 
@@ -97,11 +97,8 @@ class UpdatesLost(Exception):
 def aggregate(
     run: RunRow,
     current: Round,
-    received: Mapping[str, UpdateRow],
-    base: VersionRow,
-    previous: str,
+    inputs: FoldInputs,
     past: Sequence[Extent],
-    ledger: Sequence[Event],
     store: Store,
 ) -> Result:
     """Folds what a round received and stores the result durably.
@@ -109,11 +106,8 @@ def aggregate(
     Args:
         run: The run.
         current: Its round, in phase AGGREGATING.
-        received: Received updates, by ticket.
-        base: The row of the version before, from which the updates started that are not stale.
-        previous: Digest of the record before, empty for the first round.
+        inputs: What the database has of it and of the rounds before.
         past: Medians of the comparable rounds before; see `fedpeft.rounds.screening`.
-        ledger: Events of all rounds before, oldest first.
         store: Blobs and spool.
 
     Raises:
@@ -123,14 +117,14 @@ def aggregate(
         BudgetSpent: If the run may not publish another round.
         DiskFull: If there is no room for the result; StoreUnavailable if its folder refuses otherwise.
     """
-    number = current.number
+    number, base, previous = current.number, inputs.base, inputs.previous_sha256
     refusals = store_refusals(f"folding round {number} of {run.id} in {store.scratch}")
     with refusals, ExitStack() as stack, TemporaryDirectory(dir=store.scratch) as scratch:
-        updates = _opened(current, received, store, stack)
+        updates = _opened(current, inputs.updates, store, stack)
         old, state = _stored(base, store, stack)
         facts = run_header(run), number, updates, old, state, previous, Path(scratch), create_eagerly, past
         try:
-            outcome = fold_round(*facts, ledger=ledger)
+            outcome = fold_round(*facts, ledger=inputs.ledger, epsilon=inputs.figures.get(EPSILON, 0.0))
         except BlobCorrupt:  # of a file that was verified before: it is reported and set aside as any other
             store.distrust(base)
             _stored(base, store, stack)
@@ -349,8 +343,7 @@ class Folding:
             db.fold_inputs, self._actor.run.id, folding.number, folding.base_version, earlier
         )
         past = [screening.median(found.extents(number, self._actor.run.config.training)) for number in earlier]
-        facts = found.updates, found.base, found.previous_sha256, past, found.ledger
-        return await self._store.fold(aggregate, self._actor.run, folding, *facts, self._store)
+        return await self._store.fold(aggregate, self._actor.run, folding, found, past, self._store)
 
     async def _commit(self, folding: Round, result: Result, began: float, epoch: int) -> bool:
         """Writes the version that a round made; returns False if another engine did, or the run was stopped."""

@@ -341,10 +341,10 @@ class Database:
             updates = rounds.select_updates(connection, run_id, number)
             version = run_queries.select_version(connection, run_id, base)
             # That of the round before, not the newest: another server may have committed this one.
-            previous = rounds.select_record_sha256_before(connection, run_id, number)
+            previous, figures = rounds.select_committed_before(connection, run_id, number)
             norms = rounds.select_norms(connection, run_id, earlier)
             ledger = rounds.select_ledger(connection, run_id, number)
-        return FoldInputs(updates, version, previous, norms, ledger)
+        return FoldInputs(updates, version, previous, norms, ledger, figures)
 
     def pasts(self, run_id: str, number: int, clients: Sequence[str]) -> dict[str, list[Taken]]:
         """Returns what the last rounds before one took some clients, the newest first; see `queries.past`."""

@@ -200,13 +200,15 @@ class FoldInputs:
         previous_sha256: Digest of the record before, hexadecimal; empty for the first round.
         norms: Norm and examples of the updates that count in earlier rounds, by round number.
         ledger: Events of all rounds before, oldest first.
+        figures: Of the newest committed round before; empty for the first round.
     """
 
     updates: Mapping[str, UpdateRow]
     base: VersionRow
     previous_sha256: str
     norms: Mapping[int, Sequence[tuple[float, int]]]
-    ledger: Sequence[Event] = ()
+    ledger: Sequence[Event]
+    figures: Mapping[str, float]
 
     def extents(self, number: int, training: TrainingConfig) -> list[Extent]:
         """Returns the extents of the updates that count in an earlier round; see `fedpeft.rounds.screening`."""

@@ -16,6 +16,7 @@ import obstore
 import pytest
 from dp_accounting.pld import PLDAccountant
 
+from fedpeft.adapters import payload
 from fedpeft.api import views
 from fedpeft.config import RunConfig
 from fedpeft.privacy.events import Noised
@@ -26,7 +27,7 @@ from fedpeft_server.runs import aggregation
 from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store.rows import RunState
 
-from ..conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port
+from ..conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header
 from ..test_process import running
 from .two_servers import CONFIG, Cluster, Server, check
 
@@ -94,6 +95,32 @@ async def test_a_round_with_noise_says_what_it_spent(start: StartDaemon) -> None
     await daemon.end()
     again = await start()
     assert again.server.metrics.privacy_epsilon.labels(run)._value.get() == pytest.approx(on_paper(2), abs=1e-9)
+
+
+async def test_the_epsilon_of_clients_that_noise_is_that_of_the_one_that_spent_most_in_any_round(
+    start: StartDaemon,
+) -> None:
+    daemon = await start()
+    local = {**PRIVACY, "mechanism": "local", "noise_multiplier": 60.0}
+    run = (await daemon.create(config(rounds={"count": 9, "clients": 1, "quorum": 1}, privacy=local))).id
+    (client,) = await daemon.clients("a")
+    for number, spent in enumerate((1.0, 3.0, 2.0), 1):  # of clients that are sampled in turn
+        manifest, data = payload.encode(filled(0.5), SPEC.sent(number), "float32")
+        ticket = (await client.task(run)).ticket
+        await client.push_raw(header(ticket, manifest, privacy_epsilon=spent), [(0, data)])
+        await daemon.until(run, lambda r, n=number: r.version == n)
+
+    async def figures() -> list[float]:
+        return [row["metrics"]["privacy_epsilon"] for row in (await whole(daemon, run))["rounds"]]
+
+    gauge = daemon.server.metrics.privacy_epsilon.labels(run)._value
+    assert await figures() == [1.0, 3.0, 3.0] and gauge.get() == 3.0
+    await daemon.operator.RollbackRun(op.RollbackRunRequest(run=run, version=1, reason="worse"))
+    assert await figures() == [1.0, 3.0, 3.0, 3.0] and gauge.get() == 3.0
+    await daemon.end()
+    daemon = await start()
+    assert daemon.server.metrics.privacy_epsilon.labels(run)._value.get() == 3.0
+    assert (await whole(daemon, run))["privacy"]["epsilon"] == 3.0
 
 
 async def test_buffered_rounds_are_composed_plainly_and_a_client_is_once_in_each(daemon: Daemon) -> None:

@@ -141,11 +141,12 @@ def select_record_sha256(connection: Connection, run: str, number: int) -> str:
     return connection.execute(query).scalar() or ""
 
 
-def select_record_sha256_before(connection: Connection, run: str, number: int) -> str:
-    """Returns the digest of the record of the newest committed round before one, or "" if there is none."""
+def select_committed_before(connection: Connection, run: str, number: int) -> tuple[str, Mapping[str, float]]:
+    """Returns the record's digest and the figures of the newest committed round before one; empty if there is none."""
     t = tables.rounds
-    query = select(t.c.record_sha256).where(t.c.run == run, t.c.number < number, t.c.record_sha256 != "")
-    return connection.execute(query.order_by(t.c.number.desc()).limit(1)).scalar() or ""
+    query = select(t.c.record_sha256, t.c.metrics).where(t.c.run == run, t.c.number < number, t.c.record_sha256 != "")
+    row = connection.execute(query.order_by(t.c.number.desc()).limit(1)).first()
+    return (row.record_sha256, row.metrics) if row else ("", {})
 
 
 def select_record(connection: Connection, run: str, number: int) -> tuple[str, Mapping[str, float]]:
