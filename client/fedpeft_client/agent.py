@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from importlib.metadata import version as installed_version
 
 from fedpeft import PROTOCOL
@@ -147,7 +146,7 @@ class Agent:
         self._withdrawals = Withdrawals(channel, self._retry, egress_log)
         sums = settings.relay is not None
         self._exclusion_check = ExclusionCheck(channel, self._retry, self._outbox, has_residual=not sums)
-        self._pusher = Pusher(channel, self._retry, egress_log, has_residual=not sums)
+        self._pusher = Pusher(channel, self._retry, egress_log, self._limits.permit_upload, has_residual=not sums)
         self._trainer = Trainer(directory, self._outbox, worker, metrics)
         self._evaluator = Evaluator(channel, self._retry, worker, egress_log, metrics)
         self._verdicts = Verdicts(worker, log, None if settings.evaluate else settings.rank, of_sums=sums)
@@ -248,9 +247,6 @@ class Agent:
         if pending is not None:
             log = self._log.bind(run=pending.run, round=pending.round)
             if pending.policy == self._policy.digest:
-                permitted = self._limits.permit_upload(pending.header.manifest.payload_bytes)
-                with suppress(RunFinished, TicketClosed, TicketNotFound):  # the upload finds out what to do with it
-                    await run_while_ticket_open(self._channel, pending.ticket, permitted)
                 with self._metrics.during(State.PUSHING), tracing.span("push", pending.run, pending.round):
                     outcome = await self._pusher.push(pending, log)
             else:
@@ -353,7 +349,7 @@ class Agent:
         examples = None if run.of_sums else verdict.examples  # those of many clients, each with steps of its own
         for reason in reasons_against_ticket(self._policy, run, task, examples, taken):
             return reason
-        stop = self._limits.against(run.upload_bounds(task.round)[1])
+        stop = self._limits.against(message_entries.largest_update(run, task.round))
         return Reason.of(RefusedByPolicy(stop.told)) if stop else None
 
     async def _evaluate(self, task: pb.EvaluationTask) -> None:

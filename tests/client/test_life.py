@@ -94,9 +94,12 @@ async def test_killed_in_training_trains_the_ticket_again_to_the_same_bits(
 async def test_killed_in_upload_uploads_the_same_bytes_and_does_not_train_again(
     federation: Federation, start_client: StartClient, tmp_path: Path
 ) -> None:
+    """Of the bytes of a day it needs those that the server does not have yet, and no second whole update."""
     federation.run = tiny_run("full")
     federation.chunk_pause_s = 0.3
-    client = await start_client("--once")
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[transfer]\nmax_bytes_a_day = 4_000_000\n")  # an update has 2.4 MB
+    client = await start_client("--once", "--policy", str(policy))
     await until(lambda: federation.pushes and federation.pushes[0].received >= 1024 * 1024, client.text)
     await client.kill()
     held = federation.pushes[0].received
@@ -104,7 +107,7 @@ async def test_killed_in_upload_uploads_the_same_bytes_and_does_not_train_again(
     path = tmp_path / "site-a" / "ledger.jsonl"
     (before,) = (row for row in rows(read(path).booked.values()) if row.entry.kind is Kind.UPDATE)
     assert before.outcome is Outcome.OPEN and before.wire_bytes > held, "nobody booked what became of it"
-    again = await start_client("--once")
+    again = await start_client("--once", "--policy", str(policy))
     assert await again.ended() == 0, "".join(again.text)
     assert not again.events("training begins")
     assert federation.run.finished and len(federation.run.tickets) == 1

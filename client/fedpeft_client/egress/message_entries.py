@@ -11,6 +11,7 @@ from fedpeft_client.egress.entries import EgressEntry, Kind
 
 if TYPE_CHECKING:  # it needs NumPy, of which a command that enrols or leaves asks nothing
     from fedpeft_client.state.outbox import Pending
+    from fedpeft_client.state.runs import KnownRun
 
 CHUNK_OVERHEAD_BYTES = 32
 """Most bytes that a message adds to a chunk."""
@@ -48,10 +49,7 @@ def answer(request: pb.AnswerOfferRequest, name: str) -> EgressEntry:
 
 def update(pending: Pending, offset: int) -> EgressEntry:
     """Returns the entry of an upload of an update that goes on at byte `offset`."""
-    from fedpeft.adapters.payload import chunks  # only now, for the same reason
-
     manifest = pending.header.manifest
-    pieces = list(chunks(offset, manifest.payload_bytes))
     said = {
         "tensors": len(manifest.tensors),
         "parameters": sum(math.prod(tensor.shape) for tensor in manifest.tensors),
@@ -63,14 +61,39 @@ def update(pending: Pending, offset: int) -> EgressEntry:
     }
     return EgressEntry(
         Kind.UPDATE,
-        pb.PushUpdateRequest(header=pending.header).ByteSize()
-        + sum(length + CHUNK_OVERHEAD_BYTES for _, length in pieces),
+        _upload_bytes(pending.header, offset),
         said,
         pending.run,
         round=pending.round,
         ticket=pending.ticket,
         payload_bytes=manifest.payload_bytes,
     )
+
+
+def largest_update(run: KnownRun, number: int) -> int:
+    """Returns the most bytes that the upload of an update of round `number` sends: its header and all of its chunks."""
+    from fedpeft.rounds.metric_values import MAX_NAME_BYTES, MAX_TRAINING  # only now, for the same reason
+    from fedpeft.rpc import wire
+
+    header = pb.UpdateHeader(
+        ticket="t" * 64,  # as long as an id may be
+        manifest=wire.manifest_to_proto(run.largest_manifest(number)),
+        examples=2**64 - 1,
+        metrics={str(k).rjust(MAX_NAME_BYTES): 1.0 for k in range(MAX_TRAINING)},
+    )
+    return _upload_bytes(header, 0)
+
+
+def _upload_bytes(header: pb.UpdateHeader, offset: int) -> int:
+    """Returns the most bytes of the messages of an upload that goes on at byte `offset` of the payload.
+
+    That is where all of its chunks are small, as on a slow line.
+    """
+    from fedpeft.adapters.payload import LEAST_CHUNK_BYTES  # only now, for the same reason
+
+    left = header.manifest.payload_bytes - offset
+    overhead_bytes = math.ceil(left / LEAST_CHUNK_BYTES) * CHUNK_OVERHEAD_BYTES
+    return pb.PushUpdateRequest(header=header).ByteSize() + left + overhead_bytes
 
 
 def leave(request: access_pb.LeaveRequest) -> EgressEntry:

@@ -15,6 +15,7 @@ from typing import Literal
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import PrivacyConfig, TrainingConfig
 from fedpeft.formatting import counted
+from fedpeft_client.egress.message_entries import largest_update
 from fedpeft_client.owner.policy import Policy, matches
 from fedpeft_client.state.runs import KnownRun
 
@@ -214,18 +215,21 @@ def _transfer(policy: Policy, asked: RunDemand) -> Iterator[Violation]:
     if rules.encodings is not None and encoding not in rules.encodings:
         here = f"encoding {encoding} is not among the policy's transfer.encodings"
         yield Violation("transfer.encodings", f"its owner does not allow updates as {encoding}", here)
-    limits = {"max_payload_bytes": rules.max_payload_bytes, "max_bytes_a_day": rules.max_bytes_a_day}
-    for key, most in limits.items():
-        if most is not None and asked.training is not None and (size := _largest(asked)) > most:
-            yield _over(f"transfer.{key}", "bytes in an update", size, most)
+    if asked.training is None:
+        return
+    most = rules.max_payload_bytes
+    if most is not None and (size := max(run.upload_bounds(number)[1] for number in _rounds_of(asked))) > most:
+        yield _over("transfer.max_payload_bytes", "bytes in an update", size, most)
+    most = rules.max_bytes_a_day
+    if most is not None and (size := max(largest_update(run, number) for number in _rounds_of(asked))) > most:
+        yield _over("transfer.max_bytes_a_day", "bytes in the upload of an update", size, most)
 
 
-def _largest(asked: RunDemand) -> int:
-    """Returns the most bytes of an update: of the ticket's round, or of any round while the roles differ."""
+def _rounds_of(asked: RunDemand) -> range:
+    """Returns the rounds whose updates are looked at: the ticket's, or all while the roles of tensors differ."""
     if asked.number is not None:
-        return asked.run.upload_bounds(asked.number)[1]
-    rounds = min(_cycle(asked.run.spec), asked.run.config.rounds.count)
-    return max(asked.run.upload_bounds(number)[1] for number in range(1, rounds + 1))
+        return range(asked.number, asked.number + 1)
+    return range(1, min(_cycle(asked.run.spec), asked.run.config.rounds.count) + 1)
 
 
 def _cycle(spec: AdapterSpec) -> int:

@@ -125,11 +125,15 @@ class Limits:
         """
         await self._rest(lambda: self.against(more_bytes))
 
-    async def permit_upload(self, more_bytes: int) -> None:
-        """Waits until so many bytes may be sent, at whatever hour: the work is done; raises as `permit`."""
-        await self._rest(lambda: self._over_budget(more_bytes))
+    async def permit_upload(self, more_bytes: int) -> bool:
+        """Waits until so many bytes may be sent, at whatever hour: the work is done; raises as `permit`.
 
-    async def _rest(self, against: Callable[[], Forbidden | None]) -> None:
+        Returns:
+            True if it had to wait.
+        """
+        return await self._rest(lambda: self._over_budget(more_bytes))
+
+    async def _rest(self, against: Callable[[], Forbidden | None]) -> bool:
         said = ""
         while (stop := against()) is not None:
             if not self._waits:
@@ -143,6 +147,7 @@ class Limits:
                 await asyncio.sleep(self._check_s)
         if said:
             self._log.info("resumed")
+        return bool(said)
 
     async def while_permitted(self, work: Coroutine[Any, Any, T]) -> T:
         """Does work; leaves it once the policy no longer allows it.

@@ -142,7 +142,8 @@ class TransferRules(_Section):
     max_payload_bytes: _Count | None = None
     """Most bytes of tensors in an update."""
     max_bytes_a_day: _Count | None = None
-    """Most bytes that leave in any 24 hours, by the ledger; at it, the client waits."""
+    """Most bytes that leave in any 24 hours, by the ledger: those of every message, not of tensors alone. At it, the
+    client waits; an upload that goes on needs what is left of it."""
 
 
 class TimeRules(_Section):

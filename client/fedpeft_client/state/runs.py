@@ -7,7 +7,8 @@ from typing import Any
 
 from google.protobuf import json_format
 
-from fedpeft.adapters.spec import AdapterSpec
+from fedpeft.adapters.payload import Entry, Manifest
+from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.aggregation import strategy
 from fedpeft.aggregation.low_rank.ranks import of_rank, rank_in
 from fedpeft.codecs import codecs
@@ -96,5 +97,18 @@ class KnownRun:
             rank: The client's own rank; it counts where the run takes others than its own.
         """
         sent = of_rank(self.spec.sent(number), rank if rank and self.takes_ranks else None)
-        bounds = [codecs.get(tensor.section.encoding or self.encoding).length_bounds(tensor.size) for tensor in sent]
+        bounds = [codecs.get(self._encoding(tensor)).length_bounds(tensor.size) for tensor in sent]
         return sum(low for low, _ in bounds), sum(high for _, high in bounds)
+
+    def largest_manifest(self, number: int) -> Manifest:
+        """Returns the manifest of an update of round `number` with as many bytes as one may have; of no digest."""
+        entries, offset = list[Entry](), 0
+        for tensor in self.spec.sent(number):
+            encoding = self._encoding(tensor)
+            _, length = codecs.get(encoding).length_bounds(tensor.size)
+            entries.append(Entry(tensor.name, tensor.shape, encoding, offset, length))
+            offset += length
+        return Manifest(tuple(entries), offset, bytes(32))
+
+    def _encoding(self, tensor: TensorSpec) -> str:
+        return tensor.section.encoding or self.encoding

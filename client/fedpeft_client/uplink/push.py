@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from typing import Any
 
 import grpc
 
@@ -35,13 +37,21 @@ from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK
 from fedpeft_client.state.outbox import Outcome, Pending
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.retry import Retry
+from fedpeft_client.uplink.ticket_watch import run_while_ticket_open
 from fedpeft_client.uplink.wire_checks import check_receipt, check_standing, said
 from fedpeft_client.uplink.withdrawals import Withdrawals
 
 STARTS = 3
 """Most attempts at an upload from its first byte, where its bytes arrive damaged."""
 
+Permit = Callable[[int], Coroutine[Any, Any, bool]]
+"""Waits until so many bytes may be sent; returns True if it had to."""
+
 _Call = grpc.aio.StreamUnaryCall[pb.PushUpdateRequest | WrittenChunk, pb.PushUpdateResponse]
+
+
+async def _at_once(more_bytes: int) -> bool:
+    return False
 
 
 class Pusher:
@@ -51,13 +61,23 @@ class Pusher:
         channel: The server.
         retry: The patience with it.
         egress_log: The log of all that leaves the device.
+        permit: The limit on bytes, asked for what each attempt sends.
         has_residual: False for a relay, whose sums are dropped where an update goes into the residual.
     """
 
-    def __init__(self, channel: Channel, retry: Retry, egress_log: EgressLog, *, has_residual: bool = True) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        retry: Retry,
+        egress_log: EgressLog,
+        permit: Permit = _at_once,
+        *,
+        has_residual: bool = True,
+    ) -> None:
         self._channel = channel
         self._retry = retry
         self._egress_log = egress_log
+        self._permit = permit
         self._uncounted = "it goes into the residual" if has_residual else "the sum is dropped"
         self._dropped = "it and the residual are dropped" if has_residual else "the sum is dropped"
         self._aside = ", and its content goes into the residual" if has_residual else ""
@@ -131,28 +151,31 @@ class Pusher:
             await backoff.pause()
 
     async def _continue(self, pending: Pending, log: Log) -> pb.PushUpdateResponse:
-        """Makes one upload call, which begins at the first byte that the server does not hold."""
+        """Makes one upload call, which begins at the first byte that the server does not hold.
+
+        What is left is held against the limit on bytes; after a wait the server is asked again where the upload stands.
+        """
         manifest = pending.header.manifest
-        standing = await self._channel.get_upload(pending.ticket, manifest.sha256)
-        check_standing(standing, manifest.payload_bytes, pending.ticket)
-        if standing.state == run_pb2.TICKET_STATE_RECEIVED:
-            if standing.receipt.sha256 != manifest.sha256:
-                raise UpdateDiffers("the server holds another update for this ticket")
-            return standing.receipt
-        if standing.state == run_pb2.TICKET_STATE_LATE:
-            raise RoundClosed(said(standing.reason) or "the round closed before the update came")
-        if standing.state == run_pb2.TICKET_STATE_REFUSED and standing.reason.startswith(UpdateExcluded.reason):
-            raise UpdateExcluded(standing.reason)  # received by an attempt whose answer was lost
-        if standing.state == run_pb2.TICKET_STATE_REFUSED:  # by an attempt whose answer was lost
-            raise PayloadInvalid(standing.reason or "the server refused this update as invalid; its log has the reason")
-        if standing.state != run_pb2.TICKET_STATE_ISSUED:
-            raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; it takes no update")
+        waited = True
+        while waited:
+            standing = await self._channel.get_upload(pending.ticket, manifest.sha256)
+            check_standing(standing, manifest.payload_bytes, pending.ticket)
+            if standing.state != run_pb2.TICKET_STATE_ISSUED:
+                return _received(standing, manifest.sha256)
+            entry = message_entries.update(pending, standing.committed_bytes)
+            waited = await self._wait(pending.ticket, entry.wire_bytes)
         if standing.committed_bytes > self._committed:
             self._retry.note_progress()
         self._committed = standing.committed_bytes
         log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)
-        with self._egress_log.record(message_entries.update(pending, standing.committed_bytes)):
+        with self._egress_log.record(entry):
             return await self._stream(pending, standing.committed_bytes)
+
+    async def _wait(self, ticket: str, more_bytes: int) -> bool:
+        """Waits until so many bytes may be sent, or the ticket is closed; returns True if it had to."""
+        with suppress(TicketClosed):  # the server's next answer says what became of it
+            return await run_while_ticket_open(self._channel, ticket, self._permit(more_bytes))
+        return True
 
     async def _stream(self, pending: Pending, offset: int) -> pb.PushUpdateResponse:
         call = self._channel.push_update()
@@ -197,3 +220,22 @@ def _chunks(pending: Pending, offset: int) -> Iterator[WrittenChunk]:
         for begin, length in chunks(offset, pending.header.manifest.payload_bytes):
             data = file.read(length)
             yield WrittenChunk(chunk_messages.write(begin, data), len(data))
+
+
+def _received(standing: pb.GetUploadResponse, sha256: bytes) -> pb.PushUpdateResponse:
+    """Returns the receipt of an update of that digest, whose ticket is not open any more.
+
+    Raises:
+        FedpeftError: As its upload would, if it was not received.
+    """
+    if standing.state == run_pb2.TICKET_STATE_RECEIVED:
+        if standing.receipt.sha256 != sha256:
+            raise UpdateDiffers("the server holds another update for this ticket")
+        return standing.receipt
+    if standing.state == run_pb2.TICKET_STATE_LATE:
+        raise RoundClosed(said(standing.reason) or "the round closed before the update came")
+    if standing.state == run_pb2.TICKET_STATE_REFUSED and standing.reason.startswith(UpdateExcluded.reason):
+        raise UpdateExcluded(standing.reason)  # received by an attempt whose answer was lost
+    if standing.state == run_pb2.TICKET_STATE_REFUSED:  # by an attempt whose answer was lost
+        raise PayloadInvalid(standing.reason or "the server refused this update as invalid; its log has the reason")
+    raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; it takes no update")

@@ -9,6 +9,7 @@ from typing import Any
 from fedpeft.errors import ConfigInvalid, FedpeftError
 from fedpeft.process.logs import Log
 from fedpeft.v1 import run_pb2
+from fedpeft_client.egress import message_entries
 from fedpeft_client.eligibility.rules import Reason
 from fedpeft_client.error_policy import NOT_ABOUT_THE_TASK
 from fedpeft_client.state.bounded import BoundedDict
@@ -118,9 +119,9 @@ class Verdicts:
             self._terms.pop(gone, None)
 
     def least_upload_bytes(self) -> int:
-        """Returns how many bytes the smallest update of an accepted run has at most; 0 if none was accepted."""
+        """Returns how many bytes the smallest update of an accepted run sends at most; 0 if none was accepted."""
         accepted = [verdict.run for verdict in self.verdicts.values() if verdict.is_eligible and verdict.run]
-        return min((run.upload_bounds(run.version + 1)[1] for run in accepted), default=0)
+        return min((message_entries.largest_update(run, run.version + 1) for run in accepted), default=0)
 
     def nothing_suits(self) -> FedpeftError | None:
         """Returns why, if there were runs and not one of them suits; the run is named where there were several."""

@@ -18,13 +18,16 @@ from fedpeft.adapters.spec import AdapterSpec, TensorRole, TensorSpec
 from fedpeft.adapters.updates import prepare
 from fedpeft.config import CodecConfig, PrivacyConfig, TrainingConfig
 from fedpeft.errors import RefusedByPolicy, SettingsInvalid
+from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.commands.site_status import read_status
+from fedpeft_client.egress import message_entries
 from fedpeft_client.eligibility.policy_rules import RunDemand, broken
 from fedpeft_client.eligibility.rules import Built, Site, reasons_against, reasons_against_ticket
 from fedpeft_client.owner.limits import Conditions, forbidden
 from fedpeft_client.owner.policy import NO_LIMITS, Policy, find, note_named, noted, opens_at
+from fedpeft_client.state.outbox import Pending
 from fedpeft_client.state.runs import KnownRun
 
 from ..conftest import tiny_run
@@ -121,7 +124,11 @@ def test_a_policy_that_is_named_must_be_there_and_one_in_the_state_directory_is_
             "transfer.max_payload_bytes",
             "bytes in an update; its owner allows 9",
         ),
-        ({"transfer": {"max_bytes_a_day": 9}}, "transfer.max_bytes_a_day", "bytes in an update; its owner allows 9"),
+        (
+            {"transfer": {"max_bytes_a_day": 9}},
+            "transfer.max_bytes_a_day",
+            "bytes in the upload of an update; its owner allows 9",
+        ),
     ],
 )
 def test_every_rule_declines_a_run_and_says_which(sections: dict[str, Any], key: str, told: str) -> None:
@@ -282,6 +289,9 @@ def test_only_tensors_that_the_offer_named_as_sent_ever_leave(
         t.name for t in spec.tensors if t.role(number) is TensorRole.SENT
     ]
     assert len(made.payload) == made.manifest.payload_bytes <= run.upload_bounds(number)[1]
+    header = pb.UpdateHeader(ticket="t" * 24, manifest=wire.manifest_to_proto(made.manifest), examples=9)
+    sent = message_entries.update(Pending(Path(), run.id, number, header, ""), 0).wire_bytes
+    assert made.manifest.payload_bytes < sent < message_entries.largest_update(run, number)
     least = policy(transfer={"max_payload_bytes": made.manifest.payload_bytes})
     beyond = keys(least, RunDemand(run, run.config.training, number))
     assert (beyond == []) is (run.upload_bounds(number)[1] <= made.manifest.payload_bytes)

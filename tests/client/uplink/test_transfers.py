@@ -24,10 +24,12 @@ from fedpeft.rpc import wire
 from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_client.egress.entries import read
+from fedpeft_client.egress.message_entries import update
 from fedpeft_client.state.outbox import Outcome
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink import pull
+from fedpeft_client.uplink.push import Pusher
 
 from ..transfer_site import Site
 
@@ -195,6 +197,35 @@ async def test_push_continues_at_the_byte_where_it_stopped(site: Site) -> None:
     assert sum(p.received for p in site.federation.pushes) == pending.manifest.payload_bytes
     told = sum(each.entry.wire_bytes for each in read(site.egress_log.path).booked.values())
     assert told >= site.federation.arrivals.wire_bytes, "the ledger never tells less than what left"
+
+
+async def test_each_attempt_of_a_push_is_permitted_for_what_is_left_of_it(site: Site) -> None:
+    asked = list[int]()
+
+    async def permit(more_bytes: int) -> bool:
+        asked.append(more_bytes)
+        return len(asked) == 2  # it waited: where the upload stands is asked again
+
+    site.federation.break_push_after = [1_234_567]
+    pending = site.pending()
+    pusher = Pusher(site.channel, site.retry, site.egress_log, permit)
+    assert await pusher.push(pending, site.log) is Outcome.COUNTED
+    assert [p.offset for p in site.federation.pushes] == [0, 1_234_567]
+    wanted = [update(pending, offset).wire_bytes for offset in (0, 1_234_567, 1_234_567)]
+    assert asked == wanted and wanted[0] > pending.manifest.payload_bytes, "of whole messages"
+
+
+async def test_a_push_that_waits_for_the_bytes_of_a_day_ends_with_its_ticket(site: Site) -> None:
+    async def permit(more_bytes: int) -> bool:
+        site.ticket.state = run_pb2.TICKET_STATE_WITHDRAWN
+        await asyncio.sleep(60)
+        return True
+
+    pending = site.pending()
+    site.channel.timing = replace(TIMING, ticket_check_s=0.05)
+    pusher = Pusher(site.channel, site.retry, site.egress_log, permit)
+    assert await asyncio.wait_for(pusher.push(pending, site.log), 10) is Outcome.NOT_COUNTED
+    assert site.federation.pushes == []
 
 
 @pytest.mark.parametrize("direction", ["push", "pull"])
