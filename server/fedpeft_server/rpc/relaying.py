@@ -34,7 +34,7 @@ from fedpeft_server.uploads.incoming import Context, first_header
 from fedpeft_server.uploads.pipeline import Uploads
 
 _OF_AN_UPDATE = {"loss": "train_loss", EPSILON: EPSILON}
-"""Figures of an update that a sum has too, each with the round's figure that it is: a mean, and the largest one so far."""
+"""Figures of an update that a sum has too, each with the round's figure that it is: a mean, the largest one so far."""
 
 
 class Relaying:
