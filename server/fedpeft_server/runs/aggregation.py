@@ -106,7 +106,7 @@ def aggregate(
     Args:
         run: The run.
         current: Its round, in phase AGGREGATING.
-        inputs: What the database has of it and of the rounds before.
+        inputs: Its updates, and facts of the rounds before, from the database.
         past: Medians of the comparable rounds before; see `fedpeft.rounds.screening`.
         store: Blobs and spool.
 
