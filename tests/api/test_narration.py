@@ -81,3 +81,13 @@ def test_the_wait_of_an_edge_for_the_last_version_is_said_once() -> None:
     snapshot = RunSnapshot(run, {3: a_round(3)}, changed=frozenset({3}))
     assert narrator.lines(snapshot)[-1] == reason
     assert narrator.lines(snapshot) == []
+
+
+def test_a_ticket_that_was_given_back_is_said_once_with_its_reason() -> None:
+    narrator, round_ = Narrator(), a_round(1, committed=False)
+    round_.tickets[1].state, round_.tickets[1].reason = run_pb2.TICKET_STATE_WITHDRAWN, "DISK_FULL: no room; make some"
+    snapshot = RunSnapshot(a_run(), {1: round_})
+    assert narrator.lines(snapshot)[-1] == "round 1: the ticket of twemoji was withdrawn: DISK_FULL: no room; make some"
+    assert narrator.lines(snapshot) == []
+    round_.tickets[1].reason = "TRAINING_FAILED: the loss is not finite"
+    assert len(narrator.lines(snapshot)) == 1

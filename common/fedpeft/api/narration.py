@@ -44,6 +44,8 @@ class Narrator:
             # Once a phase: the reason of a long wait changes with every client that comes.
             key = f"{current.number} {current.phase} {current.extensions}"
             lines += self._once(phase_line(current, snapshot.run), key)
+            for ticket in views.withdrawn(current):
+                lines += self._once(withdrawn_line(ticket, current.number), f"{ticket.id} {ticket.reason}")
             lines += self._hanging(snapshot.run, current.number)
         elif views.state(snapshot.run) == "running":  # an edge's, after its last round
             lines += self._once(snapshot.run.reason)
@@ -118,6 +120,11 @@ def phase_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:
         received = formatting.counted(len(views.counted(round_)), "update")
         return f"{start}: {received} of {sampled} received, awaited: {names(awaited) or 'nobody'}"
     return start
+
+
+def withdrawn_line(ticket: run_pb2.Ticket, number: int) -> str:
+    """Returns whose ticket of a round was withdrawn, and why."""
+    return f"round {number}: the ticket of {ticket.client} was withdrawn: {ticket.reason or 'no reason given'}"
 
 
 def decline_line(decline: run_pb2.Decline) -> str:

@@ -73,6 +73,11 @@ def awaited_from(round_: run_pb2.Round) -> list[str]:
     ]
 
 
+def withdrawn(round_: run_pb2.Round) -> list[run_pb2.Ticket]:
+    """Returns the tickets that were given back, or taken from their clients."""
+    return [t for t in round_.tickets if t.state == run_pb2.TICKET_STATE_WITHDRAWN]
+
+
 def is_buffered(run: run_pb2.Run) -> bool:
     """Returns True if the run's tickets outlive their rounds, as far as this version knows its policy."""
     return run.config.rounds.policy == "buffered"

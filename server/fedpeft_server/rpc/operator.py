@@ -37,6 +37,7 @@ from fedpeft_server.rpc.relaying import Relaying
 from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
+from fedpeft_server.runs.waiting import withdrawn
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.rows import ClientRow, Place, RunRow
 from fedpeft_server.store.store import NewVersion, Store, file_key
@@ -268,6 +269,7 @@ class Operator(pb_grpc.OperatorServiceServicer):
         reason = self._runs.why(engine, for_operator=True) if engine.active else ""
         answers, run = self._runs.participation, engine.run.id
         message = run_message(engine.run, reason, figures, answers.declines(run), answers.set_aside(run))
+        message.reason += withdrawn(engine)
         for scored in (await self._runs.scoring.progress_of_all(engine.run))[:EVALUATORS]:
             given = self._sessions.scoring(scored.evaluator)
             now = given[1] if given and given[0] == engine.run.id else None

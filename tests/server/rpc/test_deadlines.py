@@ -97,6 +97,26 @@ async def test_a_withdrawn_ticket_goes_to_another_client(daemon: Daemon) -> None
     assert done.tickets[0].reason == "no data today"
 
 
+@pytest.mark.timed(waiting_look_s=0.2)
+async def test_operators_are_told_why_a_ticket_was_given_back_and_clients_are_not(daemon: Daemon) -> None:
+    rounds = {"count": 1, "clients": 2, "quorum": 2, "deadline_s": 1.5, "max_extensions": 0}
+    run = (await daemon.create(config(rounds=rounds))).id
+    a, clinic = await daemon.clients("a", "clinic")
+    first, second = await asyncio.gather(a.task(), clinic.task())
+    why = "TRAINING_FAILED: the edge has no sum: its server fails with CERTIFICATE_REVOKED"
+    await clinic.withdraw(second.ticket, f"{why}; the log of the edge's agent says why")
+    await a.push(first.ticket, filled(1.0))
+    said = f"; the ticket of clinic was withdrawn: {why}"
+    waits = await daemon.until(run, lambda r: "awaits replacements" in r.reason)
+    assert waits.reason.endswith(said)
+    (late,) = await daemon.clients("late")
+    paused = await daemon.until(run, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+    assert paused.reason.startswith("round 1 has 1 of the 2 updates") and paused.reason.endswith(said)
+    welcome, idle = await late.register(), (await late.wait()).idle
+    assert "is paused" in idle.reason and "still awaited" in welcome.runs[0].reason
+    assert "withdrawn" not in idle.reason + welcome.runs[0].reason
+
+
 async def test_a_deadline_that_passed_while_the_daemon_was_away_counts(start: StartDaemon) -> None:
     daemon = await start()
     run = await daemon.create(config(rounds={"count": 1, "clients": 2, "quorum": 1, "deadline_s": 1.0}))
