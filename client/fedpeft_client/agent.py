@@ -35,6 +35,7 @@ from fedpeft.codecs import codecs
 from fedpeft.errors import (
     ClientMoved,
     FedpeftError,
+    IdentityInvalid,
     InvalidArgument,
     LocalError,
     NotFound,
@@ -324,6 +325,8 @@ class Agent:
             if failure.kind not in _NOBODYS_FAULT:
                 self._leave_out(task.run, surely=failure.kind == FAULT.reason)
             await self._withdrawals.withdraw(task.ticket, f"{failure.kind}: {failure.told}", task.run, task.round, log)
+            if isinstance(failure.error, IdentityInvalid):  # of a relay, which is no more use until a person acts
+                raise failure.error
             await self._setback.pause()
 
     async def _send_again(self, task: pb.TrainingTask, log: Log) -> None:

@@ -259,6 +259,8 @@ def test_a_relay_is_an_operator_of_an_edge_over_tls(federations: Callable[[str],
     parent.run_file.write_text(run_file(1, count=1))
     parent.server()
     edge.secure()
+    relay = ["--operator", "relay", "--operator-identity", str(edge.folder / "relay")]
+    command("fedpeft_server", "init", "--data-dir", str(edge.folder / "server"), *relay)
     enrollment = f"127.0.0.1:{free_port()}"
     told = ["--advertise", f"localhost:{edge.port}", "--advertise-enroll", enrollment]
     edge.server(("--enroll", enrollment, *told))
@@ -266,13 +268,23 @@ def test_a_relay_is_an_operator_of_an_edge_over_tls(federations: Callable[[str],
     token = command("fedpeft_operator.app", *ada, "token", "create", "--name", "alice")
     state = ["--state-dir", str(edge.folder / "alice" / "state")]
     command("fedpeft_client", "enroll", "-", *state, given=token.strip())
+    plain = edge.agent(parent, clients=1)
+    assert plain.process.wait(WAIT_S) == 2
+    assert "speaks TLS" in plain.log.read_text() and "with --relay-identity" in plain.log.read_text()
+    run = parent.create()
+    revoked = edge.agent(parent, "--relay-identity", str(edge.folder / "relay"), clients=1)
+    wait_for(lambda: revoked.events("run is created at the edge"), "the edge's run")
+    command("fedpeft_operator.app", *ada, "client", "revoke", "relay", "--role", "operator")
+    assert revoked.process.wait(WAIT_S) == 2
+    assert "does not let this relay in" in revoked.log.read_text()
+    said = "the ticket of edge was withdrawn: IDENTITY_INVALID: the edge's server does not let its agent in"
+    assert said in parent.show(run)["reason"]
+    edge.clients.clear()
+    for verb in ("pause", "resume"):  # it has its ticket again at once
+        parent.fedpeft("run", verb, run)
     edge.clients.append(
         edge._start("fedpeft_client", "alice", *state, "--data", str(edge.folder / "alice" / "data.parquet"), "--once")
     )
-    plain = edge.agent(parent, clients=1)
-    run = parent.create()
-    wait_for(lambda: plain.events("the edge's server does not answer as it should"), "a word on plain text")
-    edge.kill(plain)
     edge.agent(parent, "--relay-identity", str(edge.folder / "ada"), clients=1)
     edge.end()
     assert parent.show(run)["state"] == "completed"

@@ -24,6 +24,7 @@ from fedpeft.errors import (
     ConfigInvalid,
     DataInvalid,
     FedpeftError,
+    IdentityInvalid,
     ModelInvalid,
     RefusedByPolicy,
     SpecInvalid,
@@ -43,6 +44,7 @@ _PRIVATE: dict[type[FedpeftError], str] = {
     DataInvalid: "its images cannot be used as they are",
     ModelInvalid: "the run's model cannot be built there, or its weights are missing or do not fit",
     StateInvalid: "its state directory cannot be used",
+    IdentityInvalid: "the edge's server does not let its agent in",
 }
 """Errors whose sentence may name files, classes or images of this site, and what the server is told instead."""
 

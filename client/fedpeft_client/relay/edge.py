@@ -14,6 +14,7 @@ from fedpeft.errors import (
     LocalError,
     PermissionDenied,
     RunNotFound,
+    ServerUnreachable,
     TrainingFailed,
     Unauthenticated,
     Unavailable,
@@ -21,6 +22,8 @@ from fedpeft.errors import (
 from fedpeft.identity import certificates
 from fedpeft.identity.folder import Identity
 from fedpeft.process.logs import Log
+from fedpeft.rpc import diagnosis
+from fedpeft.rpc.probe import SpeaksTls
 from fedpeft_client.relay.options import RelayOptions
 from fedpeft_client.relay.rules import POLICY
 from fedpeft_client.timing import TIMING, Timing
@@ -49,33 +52,41 @@ class Edge:
             attempts: Times that a call is made before an unavailable server is given up.
 
         Raises:
-            IdentityInvalid: If the identity cannot be used.
-            CertificateExpired: If its certificate has ended.
+            IdentityInvalid: If the identity cannot be used or has ended, or if the server does not let this relay in:
+                what only a person can change.
         """
+        server = self._options.server
         identity = None
         if self._options.identity is not None:
             identity = Identity.load(self._options.identity)
             certificates.check_time(identity.certificate, datetime.now(UTC))
-        async with OperatorClient(self._options.server, identity, setting="--relay", attempts=attempts) as server:
-            yield server
+        try:
+            async with OperatorClient(server, identity, setting="--relay", attempts=attempts) as called:
+                yield called
+        except (PermissionDenied, Unauthenticated) as error:
+            raise IdentityInvalid(
+                f"the edge's server {server} does not let this relay in: {error.message}; --relay-identity names the "
+                "identity of an operator of it"
+            ) from None
+        except ServerUnreachable:
+            if identity is None and isinstance(await diagnosis.explain(server, None), SpeaksTls):
+                raise IdentityInvalid(
+                    f"the edge's server {server} speaks TLS, and lets in whom it knows; name the folder with the "
+                    "identity of an operator of it with --relay-identity"
+                ) from None
+            raise
 
     async def look(self, log: Log) -> None:
         """Asks whether the server is there and lets this relay in; one that does not answer is logged, for it may yet.
 
         Raises:
-            IdentityInvalid: If it does not let it in, or if the identity cannot be used.
-            CertificateExpired: If its certificate has ended.
+            IdentityInvalid: As `connected`.
         """
         server = self._options.server
         try:
             async with self._looking() as called:
                 await called.runs()
             log.info("the edge's server answers", server=server)
-        except (PermissionDenied, Unauthenticated) as error:
-            raise IdentityInvalid(
-                f"the edge's server {server} does not let this relay in: {error.message}; --relay-identity names the "
-                "identity of an operator of it"
-            ) from None
         except LocalError:
             raise
         except FedpeftError as error:

@@ -21,6 +21,7 @@ from fedpeft.api.round_parts import folded
 from fedpeft.errors import (
     ConfigInvalid,
     FedpeftError,
+    IdentityInvalid,
     RelayDiffers,
     RequestIdReused,
     RunNotFound,
@@ -100,6 +101,7 @@ class EdgeRound:
 
         Raises:
             ConfigInvalid: If the edge's server does not take the run, or works for another client of the parent's.
+            IdentityInvalid: If that server does not let this relay in.
             TrainingFailed: If there will be no sum, if the server has been away for `Timing.relay_away_s`, or if it is
                 to stop.
         """
@@ -129,7 +131,7 @@ class EdgeRound:
                 raise ConfigInvalid(f"the edge's server does not take the run: {error.message}") from None
             except RequestIdReused:
                 self._log.warning("another agent has made the run at the edge meanwhile")
-            except TrainingFailed:
+            except (IdentityInvalid, TrainingFailed):
                 raise
             except FedpeftError as error:
                 raise private(error, self._log) from None

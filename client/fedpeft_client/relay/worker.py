@@ -11,7 +11,7 @@ import structlog
 from google.protobuf import json_format
 
 from fedpeft.api.operator_client import FINISHED
-from fedpeft.errors import ConfigInvalid, FedpeftError, RelayDiffers, RunNotFound, VersionDiffers
+from fedpeft.errors import ConfigInvalid, FedpeftError, IdentityInvalid, RelayDiffers, RunNotFound, VersionDiffers
 from fedpeft.v1 import run_pb2
 from fedpeft_client.eligibility.rules import Reason
 from fedpeft_client.owner.policy import Policy
@@ -94,6 +94,9 @@ class RelayWorker:
         Returns:
             `done`: True if that is done, or need not be. `wants`: the edge's run, where its last version is needed for
             that and did not come with the request.
+
+        Raises:
+            IdentityInvalid: If the edge's server does not let this relay in.
         """
         return await self._end(str(request["run"]["id"]), str(request["how"]), request.get("adapter"))
 
@@ -118,6 +121,8 @@ class RelayWorker:
             return {"done": True}
         except (RunNotFound, RelayDiffers):
             return {"done": True}
+        except IdentityInvalid:
+            raise
         except FedpeftError as error:
             _log.warning("the edge's run could not be ended; trying again later", cause=str(error))
             return {"done": False}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from google.protobuf import json_format
 
-from fedpeft.errors import FedpeftError, StateInvalid
+from fedpeft.errors import FedpeftError, IdentityInvalid, StateInvalid
 from fedpeft.process.logs import Log
 from fedpeft.v1 import run_pb2
 from fedpeft_client.state.adapters import AdapterCache
@@ -45,6 +45,7 @@ class EdgeEnd:
             how: Completed, stopped or deleted.
 
         Raises:
+            IdentityInvalid: If the edge's server does not let this relay in.
             StateInvalid: If the state directory cannot be written.
         """
         request: Answer = {"op": "finished", "run": {"id": run}, "how": how}
@@ -55,7 +56,7 @@ class EdgeEnd:
                 cache = AdapterCache(self._directory.run(run))
                 last = await Puller(self._channel, self._retry, known, cache).pull(known.config.rounds.count)
                 answer = await self._worker.ask(request | {"adapter": adapter_json(last)})
-        except StateInvalid:
+        except (IdentityInvalid, StateInvalid):
             raise
         except FedpeftError as error:  # the worker died, which is logged, or the parent does not give the version
             self._log.warning("the edge's run could not be ended; trying again later", run=run, cause=str(error))

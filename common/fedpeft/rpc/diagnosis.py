@@ -22,7 +22,7 @@ from fedpeft.errors import IdentityInvalid
 from fedpeft.identity import certificates, folder
 from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
-from fedpeft.rpc.probe import ConnectionProbe, Fault, PermanentFault
+from fedpeft.rpc.probe import ConnectionProbe, Fault, PermanentFault, SpeaksTls
 
 BUDGET_S = 5.0
 """Longest that the search for a cause takes."""
@@ -108,7 +108,7 @@ def diagnose(server: str, trust: Trust | None) -> Fault | None:
 def _plain(probe: ConnectionProbe) -> None:
     first = probe.first_bytes()
     if first[:2] == b"\x15\x03" or (not first and probe.peer_certificate()):
-        raise PermanentFault(
+        raise SpeaksTls(
             f"the server at {probe.server} speaks TLS and this side has no certificate: ask its operator for a token "
             "and enroll, or name the folder of its identity with --identity (none is used for another HOST:PORT "
             "unnamed)"

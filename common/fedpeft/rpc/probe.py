@@ -31,6 +31,10 @@ class PermanentFault(Fault):
     """A fault that stays until somebody mends it: the server is not merely away."""
 
 
+class SpeaksTls(PermanentFault):
+    """The server speaks TLS, and is called in plain text."""
+
+
 class Closed(Fault):
     """Nobody listens on the port."""
 

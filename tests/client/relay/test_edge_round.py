@@ -17,9 +17,12 @@ from fedpeft.adapters import payload
 from fedpeft.adapters.payload import Manifest
 from fedpeft.api import operator_client
 from fedpeft.errors import (
+    CertificateRevoked,
     ConfigInvalid,
+    DiskFull,
     Draining,
     FedpeftError,
+    IdentityInvalid,
     RelayDiffers,
     RequestIdReused,
     RoleMayNot,
@@ -29,6 +32,7 @@ from fedpeft.errors import (
 from fedpeft.process import logs
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2, tensor_pb2
+from fedpeft_client.eligibility.rules import Reason
 from fedpeft_client.relay.edge import Edge
 from fedpeft_client.relay.edge_round import EdgeRound, RoundRequest
 from fedpeft_client.relay.options import RelayOptions
@@ -181,17 +185,29 @@ async def test_a_version_that_the_parent_made_again_gives_no_sum(
             ConfigInvalid,
             "does not take the run: run-a is relayed for",
         ),
-        (RoleMayNot("viewer noto may not"), TrainingFailed, "its server fails with ROLE_MAY_NOT; the log of"),
+        (DiskFull("noto has no room"), TrainingFailed, "its server fails with DISK_FULL; the log of"),
     ],
 )
 async def test_a_refusal_is_an_error_of_the_run_or_of_its_training_and_not_of_the_parent(
     served: Serving, relay: Relay, refusal: FedpeftError, error: type[FedpeftError], words: str
 ) -> None:
-    served.double.failures["CreateRun"] = [refusal]
+    served.double.failures["CreateRun"] = [refusal] * 20
     with capture_logs() as lines, pytest.raises(error, match=words) as caught:
-        await relay.collect()
+        await relay.collect(timing=replace(FAST, relay_away_s=0.1))
     assert "noto" not in str(caught.value)
     assert error is ConfigInvalid or "noto" in lines[-1]["cause"]
+
+
+@pytest.mark.parametrize("refusal", [RoleMayNot("viewer ada may not"), CertificateRevoked("operator ada was revoked")])
+async def test_a_relay_that_is_locked_out_under_way_ends_as_at_its_start(
+    served: Serving, relay: Relay, refusal: FedpeftError
+) -> None:
+    """It is of no use until a person acts, and the parent must not count on it."""
+    served.double.runs["run-a"] = a_run("run-a", version=1)
+    served.double.script = [seen(a_run("run-a", version=1), a_round(2, committed=False)), refusal]
+    with pytest.raises(IdentityInvalid, match=r"does not let this relay in: .* ada .*--relay-identity") as caught:
+        await relay.collect()
+    assert "ada" not in Reason.of(caught.value).told
 
 
 async def test_a_run_that_another_agent_makes_meanwhile_is_looked_at_again(served: Serving, relay: Relay) -> None:

@@ -125,6 +125,12 @@ async def test_it_ends_at_its_start_where_the_edges_server_does_not_let_it_in(
     await worker.close()
 
 
+async def test_it_ends_where_the_edges_server_does_not_let_it_end_a_run(served: Serving, worker: WorkerProcess) -> None:
+    served.double.failures["GetRun"] = [CertificateRevoked("operator ada was revoked")]
+    with pytest.raises(IdentityInvalid, match="does not let this relay in"):
+        await worker.ask(ended("run-a", "completed"))
+
+
 async def test_it_does_not_relay_a_run_to_its_own_server(served: Serving, worker: WorkerProcess) -> None:
     parents = known(**EXACT)
     served.double.runs = {parents.id: a_run(parents.id)}
