@@ -107,6 +107,10 @@ _NOBODYS_FAULT = frozenset(
 """Reasons for the end of a task that say nothing against its run: the hour, or that it is over."""
 
 
+class _NotAccepted(Exception):
+    """The server gave work for a run that this process did not accept; registering has it offered."""
+
+
 class Agent:
     """One client, from its first call to its last.
 
@@ -192,11 +196,12 @@ class Agent:
         self._log.info("registered", server=self._settings.server, **facts, limits=limits)
 
     async def _on_good_terms(self, step: Callable[[], Awaitable[bool]]) -> bool:
-        """Takes a step; registers again if the server does not know this client any more."""
+        """Takes a step; registers again if the server, since it was restarted, has not heard of this process."""
         try:
             return await step()
-        except NotRegistered:
-            self._log.info("the server does not know this client any more; registering again")
+        except (NotRegistered, _NotAccepted) as error:
+            why = "the server was restarted" if isinstance(error, NotRegistered) else str(error)
+            self._log.info(f"{why}; registering again")
             await self._pace.nothing()
             await self._register()
             return True
@@ -424,11 +429,11 @@ class Agent:
         """Returns a run that this site accepted, and an adapter version of it on disk; `number` is its round.
 
         Raises:
-            NotRegistered: If this process did not accept the run; registering has it offered.
+            _NotAccepted: If this process did not accept the run.
         """
         verdict = self._verdicts.verdicts.get(run_id)
         if verdict is None or verdict.run is None or not verdict.is_eligible:
-            raise NotRegistered(f"the server gave work for run {run_id}, which this client did not accept")
+            raise _NotAccepted(f"the server gave work for run {run_id}, which this client did not accept")
         cache = AdapterCache(self._directory.run(run_id))
         with self._metrics.during(State.PULLING), tracing.span("pull", run_id, number):
             held = await Puller(self._channel, self._retry, verdict.run, cache).pull(version)

@@ -179,7 +179,7 @@ class Settings(ProcessSettings):
     @model_validator(mode="after")
     def _data_or_relay(self) -> Self:
         fields = type(self).model_fields
-        said = {name: getattr(self, name) for name in (*relaying.OF_DATA, *relaying.OF_RELAY)}
+        said = {name: getattr(self, name) for name in (*relaying.OF_OTHERS, *relaying.OF_RELAY)}
         given = {name: value for name, value in said.items() if value != fields[name].default}
         relaying.check_together(self.data, self.relay, given)
         if self.relay is not None:

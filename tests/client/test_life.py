@@ -170,7 +170,7 @@ async def test_server_that_restarts_is_waited_for_without_a_busy_loop(
     federation.registered.clear()
     await federation.start()
     await client.said("server is back")
-    await client.said("the server does not know this client any more")
+    await client.said("the server was restarted; registering again")
     second = await start_client("--once", name="site-b")
     assert await second.ended() == 0, "".join(second.text)
     assert len(client.events("server is unavailable")) == 1

@@ -13,20 +13,15 @@ from fedpeft.identity.folder import Identity
 from fedpeft.identity.subject import Role
 from fedpeft.process.addresses import Address
 
-OF_DATA = (
-    "evaluate",
-    "dry_run",
-    "weights",
-    "label_map",
-    "image_column",
-    "label_column",
-    "max_image_pixels",
-    "device",
-    "threads",
-    "rank",
-    "checkpointing",
-)
-"""Settings of a client with data of its own, which a relay has not."""
+_IMAGES = "is about images, and a client with --relay has none of its own"
+_COMPUTING = "is about computing, which a client with --relay leaves to the edge's own clients"
+OF_OTHERS = {
+    "evaluate": "does not go with --relay, which sends sums; an evaluator is a client of the parent's server by itself",
+    "dry_run": "does not go with --relay, which says at its start whether the edge's server answers and lets it in",
+    **dict.fromkeys(("weights", "device", "threads", "rank", "checkpointing"), _COMPUTING),
+    **dict.fromkeys(("label_map", "image_column", "label_column", "max_image_pixels"), _IMAGES),
+}
+"""Settings that a relay has not, and why."""
 OF_RELAY = ("relay_identity", "relay_clients", "relay_quorum", "relay_deadline_s", "relay_examples")
 """Settings of a relay."""
 
@@ -86,7 +81,7 @@ def check_together(data: Path | None, relay: str | None, given: Mapping[str, Any
     Args:
         data: The setting.
         relay: Likewise.
-        given: The other settings of `OF_DATA` and `OF_RELAY` that are not the defaults, by name.
+        given: The other settings of `OF_OTHERS` and `OF_RELAY` that are not the defaults, by name.
 
     Raises:
         ValueError: With the first fault.
@@ -97,11 +92,9 @@ def check_together(data: Path | None, relay: str | None, given: Mapping[str, Any
         )
     if data is not None and relay is not None:
         raise ValueError("--data and --relay exclude each other: a relay sends the sums of its edge, and has no data")
-    for name in OF_DATA if relay is not None else OF_RELAY:
+    for name, why in (OF_OTHERS if relay is not None else dict.fromkeys(OF_RELAY, "needs --relay")).items():
         if name in given:
-            flag = "--" + name.replace("_", "-")
-            why = "is about data of its own, and a client with --relay has none" if relay else "needs --relay"
-            raise ValueError(f"{flag} {why}")
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
     if relay is None:
         return
     clients, quorum = given.get("relay_clients"), given.get("relay_quorum")
