@@ -221,6 +221,40 @@ def test_a_parent_that_makes_a_version_again_is_found_out(federations: Callable[
 
 
 @pytest.mark.slow
+def test_a_restored_parent_is_found_out_where_the_edges_run_is_over(federations: Callable[[str], Edge]) -> None:
+    """It goes on from its backup, and other clients make the versions that the edge has already."""
+    parent, edge = federations("parent"), federations("edge")
+    write_site(parent.folder / "carol" / "data.parquet", 2)
+    parent.run_file.write_text(run_file(1))
+    daemon = parent.server()
+    edge.server()
+    run = parent.create()
+    daemon.kill()
+    shutil.copytree(parent.folder / "server", parent.folder / "backup")
+    daemon = parent.server()
+    edge.agent(parent, clients=1)
+    edge.client("alice")
+    edge.end()
+    assert (edge.show(run)["state"], edge.show(run)["reason"]) == ("completed", "")
+    daemon.kill()
+    shutil.rmtree(parent.folder / "server")
+    shutil.move(parent.folder / "backup", parent.folder / "server")
+    parent.server()
+    agent = edge.agent(parent, clients=1)
+    first, *_ = wait_for(lambda: agent.events("ticket is given up"), "a ticket that is given back")
+    words = "the edge has version 2 of the run, and the ticket starts from version 0: was this server restored"
+    assert words in first["cause"]
+    wait_for(lambda: words in parent.show(run)["reason"], "the words at the parent")
+    parent.client("carol")
+    parent.finish(run)
+    edge.end()
+    (said,) = agent.events("the edge's last version is not the parent's")
+    shown = edge.show(run)
+    assert (shown["state"], shown["reason"], said["reason"]) == ("completed", said["cause"], "VERSION_DIFFERS")
+    assert "has another version 2 than the parent's server" in shown["reason"]
+
+
+@pytest.mark.slow
 def test_a_round_that_closed_without_the_edge_is_left_for_the_next_one(federations: Callable[[str], Edge]) -> None:
     parent, edge = federations("parent"), federations("edge")
     write_site(parent.folder / "carol" / "data.parquet", 2)
