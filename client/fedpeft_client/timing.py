@@ -16,7 +16,8 @@ class Timing:
         hold_s: The server may hold the answer to AwaitRound back for so long.
         stall_s: A transfer, or the worker, without progress for so long stands still.
         first_answer_s: With `--dry-run`, whose caller waits for it: an absent server is given up after this time.
-        away_s: With `--once`: the client gives up when the server has been away for this time.
+        away_s: With `--once`: the client gives up when the server has been away for this time. In any case: a worker
+            that made a step and then gave no word for so long is killed.
         permanent_s: With `--once`: likewise, where somebody must mend the cause: an untrusted authority, a wrong port.
         first_fault_pause_s: Pause before a call is repeated at which the server failed; doubled each time. Some ten
             seconds in all, as a proxy before a restarted server says the same.
@@ -28,6 +29,7 @@ class Timing:
         ticket_check_again_s: Likewise, where the server gave no word on it.
         finished_check_s: Between two looks for runs that are over.
         limits_check_s: Between two looks at the owner's limits, while they hold work up.
+        load_s: Likewise, a worker that has made no step: it may be loading data or a model, or scoring a batch.
         worker_leave_s: The worker ends in this time when it is asked to, else it is killed.
         report_s: The log says how far a training is so often.
         relay_report_s: A relay says so often how far the edge's round is, and asks the edge's server as often.
@@ -56,6 +58,7 @@ class Timing:
     ticket_check_again_s: float = 3.0
     finished_check_s: float = 3600.0
     limits_check_s: float = 5.0
+    load_s: float = 3600.0
     worker_leave_s: float = 5.0
     report_s: float = 10.0
     relay_report_s: float = 2.0

@@ -14,6 +14,7 @@ from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.retry import Retry
 from fedpeft_client.worker.handle import WorkerProcess
+from fedpeft_client.worker.reporter import Reporter
 from fedpeft_client.worker.trainer import adapter_json, sendable
 
 
@@ -50,7 +51,7 @@ class Evaluator:
         """
         log.info("evaluation begins", version=held.version)
         request = {"op": "evaluate", "run": run.as_json(), "adapter": adapter_json(held)}
-        answer = await self._worker.ask(request)
+        answer = await self._worker.ask(request, Reporter(log, "evaluating", self._worker.timing))
         metrics = sendable(answer["metrics"], metric_values.MAX_EVALUATION, log)
         message = pb.PushEvaluationRequest(run=run.id, version=held.version, metrics=metrics)
         with self._egress_log.record(message_entries.evaluation(message)):

@@ -49,7 +49,7 @@ class WorkerProcess:
         self._options = options
         self._log = log
         self._process: asyncio.subprocess.Process | None = None
-        self._moving = False
+        self._moving, self._silent_s = False, 0.0
         self.hello: Answer = {}
 
     async def start(self) -> Answer:
@@ -123,7 +123,7 @@ class WorkerProcess:
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             raise WorkerDied("it is not running")
-        self._moving = False  # loading a model, or its first step, may take as long as it takes
+        self._moving, self._silent_s = False, 0.0
         with suppress(ConnectionError):  # then the end of its answers says what happened
             process.stdin.write(json.dumps(request).encode() + b"\n")
             await process.stdin.drain()
@@ -131,7 +131,7 @@ class WorkerProcess:
         while line := await self._line(process, process.stdout):
             answer: Answer = json.loads(line)
             if "progress" in answer:
-                self._moving = self._moving or answer["progress"].get("step") != 0
+                self._moving = self._moving or bool(answer["progress"].get("step"))
                 on_progress(answer["progress"])
             elif "error" in answer:
                 raise _error(answer["error"])
@@ -143,23 +143,30 @@ class WorkerProcess:
         self._process = None
         code = await process.wait()
         _close_pipes(process)
+        if self._silent_s >= self._longest_s:
+            why = f" after {self._silent_s:g} seconds without a word"
         raise WorkerDied(_cause(code) + why)
+
+    @property
+    def _longest_s(self) -> float:
+        """The worker may give no word for so long."""
+        return self.timing.away_s if self._moving else self.timing.load_s
 
     async def _line(self, process: asyncio.subprocess.Process, stream: asyncio.StreamReader) -> bytes:
         """Returns the next line, empty at the end, where death may have cut one off.
 
-        Says so when none comes, and ends a worker that moved and then stood still.
+        Says so when none comes, and ends a worker that gives none for too long.
         """
-        silent_s = 0.0
+        self._silent_s = 0.0
         while True:
             try:
                 async with asyncio.timeout(self.timing.stall_s):
                     line = await stream.readline()
                     return line if line.endswith(b"\n") else b""
             except TimeoutError:
-                silent_s += self.timing.stall_s
-                self._log.warning("worker is silent", seconds=silent_s)
-            if self._moving and silent_s >= self.timing.away_s:
+                self._silent_s += self.timing.stall_s
+                self._log.warning("worker is silent", seconds=self._silent_s)
+            if self._silent_s >= self._longest_s:
                 process.kill()
 
 

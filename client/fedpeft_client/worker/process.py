@@ -102,7 +102,7 @@ class _Worker:
         if op == "check":
             return _awaited(self._site.check(request))
         if op == "evaluate":
-            return _awaited(self._site.evaluate(request))
+            return _awaited(self._site.evaluate(request, self._progress))
         if op == "finished":
             return _awaited(self._site.finished(request))
         with structlog.contextvars.bound_contextvars(round=request["round"]):

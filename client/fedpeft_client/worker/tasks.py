@@ -163,7 +163,7 @@ class SiteWorker:
         """Trains for a ticket; writes the payload and the client's state in either outcome into `out`."""
         run = KnownRun.from_json(request["run"])
         loaded, opened = self._load(run)
-        dataset = loaded.prepared(self._client, lambda: opened, stop)
+        dataset = loaded.prepared(self._client, lambda: opened, stop, _of(opened, progress))
         job = LocalJob(
             self._client,
             int(request["round"]),
@@ -185,11 +185,12 @@ class SiteWorker:
             "facts": update.facts,
         }
 
-    def evaluate(self, request: Message) -> Message:
+    def evaluate(self, request: Message, progress: Callable[[Message], None]) -> Message:
         """Scores an adapter version on all of the data."""
         loaded, opened = self._load(KnownRun.from_json(request["run"]))
-        dataset = loaded.prepared(self._client, lambda: opened)
-        return {"metrics": loaded.evaluate(_version(request["adapter"]), dataset)}
+        done = _of(opened, progress)
+        dataset = loaded.prepared(self._client, lambda: opened, progress=done)
+        return {"metrics": loaded.evaluate(_version(request["adapter"]), dataset, done)}
 
     def _load(self, run: KnownRun) -> tuple[LoadedRun, Any]:
         """Returns a run's model and data, proved to fit; loads them if they are not loaded."""
@@ -260,6 +261,11 @@ def _read(path: Path, group: str, run: KnownRun) -> Arrays:
         if shapes.get(name) != values.shape:
             raise StateInvalid(f"{path} has tensor {name}, which is not one of run {run.id}")
     return arrays
+
+
+def _of(dataset: Any, progress: Callable[[Message], None]) -> Callable[[int], None]:
+    """Returns what reports how many examples of a data set are done."""
+    return lambda done: progress({"examples": done, "of": len(dataset)})
 
 
 def _shown(progress: Progress) -> Message:

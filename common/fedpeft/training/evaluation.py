@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -20,6 +22,7 @@ def evaluate(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     wanted: str = "float32",
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
     """Scores a model without augmentation, in the data set's order.
 
@@ -31,6 +34,7 @@ def evaluate(
         device: Device of the computation.
         wanted: The precision that a run wants, see `fedpeft.training.precision.precision`: it is scored in what it
             trains in.
+        progress: Called after each batch with the number of examples that are scored.
 
     Returns:
         The figures of `Task.scores`: of a classification accuracy (0..1), loss (mean cross-entropy), examples, and
@@ -51,6 +55,8 @@ def evaluate(
                 batch = task.collate(rows, None)
                 scores.add(_predicted(task, model, dataset, batch, device, dtype), batch)
                 examples += len(rows)
+            if progress is not None:
+                progress(examples)
     if not examples:
         raise DataInvalid(f"none of the {len(dataset)} {task.example}s can be read")
     return scores.figures() | {"skipped_images": float(len(dataset) - examples)}

@@ -77,13 +77,19 @@ class LoadedRun:
         """Returns a client's data as a data set of this run; see `Task.dataset`."""
         return self.task.dataset(source, self.model.backbone, label_map, cache_bytes)
 
-    def prepared(self, name: str, opened: Callable[[], Any], stop: Callable[[], bool] | None = None) -> Any:
+    def prepared(
+        self,
+        name: str,
+        opened: Callable[[], Any],
+        stop: Callable[[], bool] | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Any:
         """Returns a data set for `train`, `begin` and `evaluate`: its features, where the run keeps them.
 
         Without this call they compute the same features batch by batch. Arguments and errors are those of
         `FeatureStore.of`.
         """
-        return opened() if self.features is None else self.features.of(name, opened, stop)
+        return opened() if self.features is None else self.features.of(name, opened, stop, progress)
 
     def train(
         self,
@@ -185,11 +191,13 @@ class LoadedRun:
             {**result.facts, "threads": str(torch.get_num_threads())},
         )
 
-    def evaluate(self, version: Version, dataset: Dataset) -> dict[str, float]:
-        """Scores a version on held-out data, local tensors at their first values; figures and errors of `evaluate`."""
+    def evaluate(
+        self, version: Version, dataset: Dataset, progress: Callable[[int], object] | None = None
+    ) -> dict[str, float]:
+        """Scores a version on held-out data, local tensors at their first values; see `evaluate`."""
         self._set(version, {})
         wanted = self.config.training.precision
-        return evaluate(self.trained_task, self.model, dataset, device=self.device, wanted=wanted)
+        return evaluate(self.trained_task, self.model, dataset, device=self.device, wanted=wanted, progress=progress)
 
     def _rank(self, job: LocalJob) -> int | None:
         """Returns the rank of a client's factors, where it may be another than the run's."""

@@ -73,7 +73,8 @@ def test_features_are_computed_once_and_the_update_is_that_of_a_run_without(
         for number in (1, 2):
             worker.train({**request, "round": number}, lambda _: None, lambda: False)
             updates.append(np.frombuffer((tmp_path / PAYLOAD).read_bytes(), "<f4"))
-        figures = worker.evaluate(request)["metrics"]
-        assert figures["examples"] == 21
+        scored = list[dict[str, int]]()
+        figures = worker.evaluate(request, scored.append)["metrics"]
+        assert figures["examples"] == 21 and scored[-1] == {"examples": 21, "of": 21}
     assert seen == [8, 8, 5]
     assert np.abs(updates[0] - updates[2]).max() <= 1e-6 < np.abs(updates[0]).max()

@@ -67,13 +67,20 @@ class FeatureStore:
         self._told = set[str]()
         self.task = DividedTask(task, halves, self._dtype, device)
 
-    def of(self, name: str, opened: Callable[[], Dataset], stop: Callable[[], bool] | None = None) -> Dataset:
+    def of(
+        self,
+        name: str,
+        opened: Callable[[], Dataset],
+        stop: Callable[[], bool] | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Dataset:
         """Returns the features of a data set; the data set itself if they alone are more than the limit.
 
         Args:
             name: Name of the data, which are the same at every call.
             opened: Returns the data set; not called where its features are kept.
             stop: Asked between batches; once true, computing ends.
+            progress: Called after each batch with the number of examples that are done.
 
         Raises:
             DataInvalid: If too many rows cannot be read.
@@ -82,7 +89,7 @@ class FeatureStore:
         if name in self._kept:
             return self._kept[name]
         dataset = opened()
-        features = self._computed(dataset, stop or (lambda: False))
+        features = self._computed(dataset, stop or (lambda: False), progress or (lambda _: None))
         if features is None:
             return dataset
         if self._held_bytes + features.nbytes <= self._limit_bytes:
@@ -92,7 +99,9 @@ class FeatureStore:
             self._tell("features of further data are computed anew in each round", kept_bytes=self._held_bytes)
         return features
 
-    def _computed(self, dataset: Dataset, stop: Callable[[], bool]) -> KeptFeatures | None:
+    def _computed(
+        self, dataset: Dataset, stop: Callable[[], bool], progress: Callable[[int], object]
+    ) -> KeptFeatures | None:
         """Returns the features of a data set, None if they are too many."""
         count, step = len(dataset), self._settings.batch_size
         positions = [np.arange(at, min(at + step, count)) for at in range(0, count, step)]
@@ -114,6 +123,7 @@ class FeatureStore:
                 is_readable[good] = True
                 for name, tensor in part.items():
                     batch[name][torch.from_numpy(good)] = tensor
+                progress(int(some[-1]) + 1)
         return KeptFeatures(dataset, batch, is_readable)
 
     @torch.no_grad()
