@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_one_client_moves_the_sum_by_at_most_the_bound(seed: int, scale: float, 
         now = {**updates, **changed}
         norms = {c: float(np.linalg.norm(v.astype(np.float64))) for c, v in now.items()}
         rule = found.noised_sum(norms, (), 50)
-        quiet = NoisedSum(rule.weights, rule.divisor, 0.0, rule.grid)
+        quiet = NoisedSum(rule.weights, rule.divisor, replace(rule.noise, sigma=0.0))
         parts = [contribution(c, v, spec) for c, v in now.items()]
         base = {"w": np.zeros(50, np.float32)}
         rule_of = strategy("fedavg", {})
@@ -102,7 +103,7 @@ def test_one_client_moves_the_sum_by_at_most_the_bound(seed: int, scale: float, 
 def test_all_weigh_alike_and_the_sum_is_divided_by_the_clients_that_a_round_wants(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(central, "gaussian", silent)
+    monkeypatch.setattr(noise, "gaussian", silent)
     rule = mechanism(4).noised_sum({"a": 0.5, "b": 1.0}, (), 2)
     assert dict(rule.weights) == {"a": 1.0, "b": 1.0} and rule.divisor == 4
     sums = np.array([1.0, -3.0])
@@ -112,11 +113,11 @@ def test_all_weigh_alike_and_the_sum_is_divided_by_the_clients_that_a_round_want
 
 def test_the_noise_has_the_size_that_is_accounted_for() -> None:
     rule = mechanism(8, clip_norm=0.5, noise_multiplier=3.0).noised_sum({"a": 0.5}, (), 10_000)
-    assert 1.5 <= rule.sigma < 1.5 * (1 + 1e-7)
+    assert 1.5 <= rule.noise.sigma < 1.5 * (1 + 1e-7)
     sums = np.zeros(200_000)
     rule.publish(sums)
     assert sums.std() == pytest.approx(1.5 / 8, rel=0.01)
-    steps = sums / (rule.grid / 8)
+    steps = sums / (rule.noise.grid / 8)
     np.testing.assert_allclose(steps, np.rint(steps), atol=1e-3)  # nothing below the grid is left of what was summed
 
 
@@ -130,7 +131,9 @@ def test_a_bound_that_adapts_shares_the_noise_between_sum_and_count() -> None:
     assert isinstance(noised, Noised) and isinstance(adapted, Adapted)
     assert (noised.bound, noised.noise_multiplier, noised.divisor, noised.count) == (1.0, 1.0, 100, 100)
     later = found.noised_sum({"a": 0.1}, (noised, adapted), 1)
-    assert later.sigma == pytest.approx(found.sum_multiplier * adapted.bound, rel=1e-6), "of its own round's bound"
+    assert later.noise.sigma == pytest.approx(found.sum_multiplier * adapted.bound, rel=1e-6), (
+        "of its own round's bound"
+    )
 
 
 @pytest.mark.parametrize("first", [0.05, 1.0, 40.0])

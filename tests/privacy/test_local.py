@@ -20,7 +20,7 @@ from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.adapters.updates import prepare
 from fedpeft.config import CodecConfig, RunConfig, parse_config
 from fedpeft.errors import ConfigInvalid, TrainingFailed
-from fedpeft.privacy import transforms
+from fedpeft.privacy import noise
 from fedpeft.privacy.accounting import calibrated, local_epsilon, locally_overspent
 from fedpeft.privacy.events import LocallyNoised
 from fedpeft.privacy.transforms import LocalNoise, euclidean, transforms_of
@@ -72,7 +72,7 @@ def test_every_value_has_noise_of_the_size_that_is_accounted_for_and_other_noise
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
 def test_what_the_noise_is_added_to_is_within_the_bound(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
-    monkeypatch.setattr(transforms, "gaussian", lambda size: np.zeros(size))
+    monkeypatch.setattr(noise, "gaussian", lambda size: np.zeros(size))
     draw = np.random.default_rng(1)
     for bound in (0.7, 1.0, 3.0):
         tensors = {"a": (scale * draw.standard_normal(1000)).astype(np.float32)}

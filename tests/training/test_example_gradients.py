@@ -15,7 +15,7 @@ from fedpeft.config import TrainingConfig
 from fedpeft.errors import TrainingFailed
 from fedpeft.models.tasks import task_of
 from fedpeft.peft import methods
-from fedpeft.training import example_gradients
+from fedpeft.privacy import noise
 from fedpeft.training.example_gradients import ExampleGradients, ExampleNoise, clipped_sum
 from fedpeft.training.local_round import LoadedRun, load_run
 from fedpeft.training.poisson import PoissonOrder
@@ -101,7 +101,7 @@ def test_a_step_has_noise_of_the_size_that_is_accounted_for_and_an_empty_batch_h
 
 
 def test_micro_batches_add_up_and_the_divisor_is_the_expected_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(example_gradients, "gaussian", lambda size: np.zeros(size))
+    monkeypatch.setattr(noise, "gaussian", lambda size: np.zeros(size))
     run = loaded("bias")
     monkeypatch.setattr(run.task, "transform", lambda batch, dataset: batch, raising=False)
     batch, found = batch_of(run, 5), []

@@ -16,10 +16,7 @@ published with noise as well, and moves the bound of the next round.
 A client changes the centred count by at most 1/2. The sum has the noise z_sum C, with this round's C; both together are
 as private as one Gaussian mechanism of z, which is what the event says.
 
-Nothing that differs between two computers' floats must tell what was summed: the sum is rounded to multiples of a grid
-2^-32 of the bound, the noise is added, and the result is rounded to the grid again, so that it is a function of the
-rounded sum plus noise. Rounding moves two neighbouring sums apart by at most the square root of the number of values,
-in grid steps, which the noise is scaled up for: by a millionth where there are twenty million values.
+Sum and result are multiples of a grid, see `fedpeft.privacy.noise`.
 """
 
 from __future__ import annotations
@@ -33,10 +30,8 @@ from numpy.typing import NDArray
 
 from fedpeft.config import DEFAULT_QUANTILE_RATE, PrivacyConfig, RunConfig
 from fedpeft.privacy.events import Adapted, Event, Noised
-from fedpeft.privacy.noise import gaussian
+from fedpeft.privacy.noise import GriddedNoise, gaussian
 
-_GRID = 32
-"""A grid step is at most the bound times 2^-_GRID: sums of a million clients are exact in float64."""
 _LEAST, _MOST = 1e-9, 1e9
 """Range of an adapted bound, that of `privacy.clip_norm`."""
 
@@ -48,21 +43,16 @@ class NoisedSum:
     Attributes:
         weights: Factors by client, at most 1.
         divisor: m.
-        sigma: Standard deviation of the noise of each value.
-        grid: The sum is a multiple of it.
+        noise: Of the sum.
     """
 
     weights: Mapping[str, float]
     divisor: int
-    sigma: float
-    grid: float
+    noise: GriddedNoise
 
     def publish(self, sums: NDArray[np.float64]) -> None:
         """Adds noise to a block of the sum, in place, and divides it: what is left is safe to publish."""
-        np.rint(sums / self.grid, out=sums)
-        sums += gaussian(sums.size) * (self.sigma / self.grid)
-        np.rint(sums, out=sums)
-        sums *= self.grid / self.divisor
+        self.noise.add(sums, self.divisor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +101,9 @@ class Central:
             values: Values in an update.
         """
         bound = self.bound(past)
-        grid = 2.0 ** (math.frexp(bound)[1] - 1 - _GRID)
         # The norms are floats too: a factor that is a little smaller keeps the product within the bound for sure.
         factors = {c: 1.0 if norm <= bound else bound / norm * (1 - 2.0**-40) for c, norm in norms.items()}
-        return NoisedSum(factors, self.cohort, self.sum_multiplier * (bound + math.sqrt(values) * grid), grid)
+        return NoisedSum(factors, self.cohort, GriddedNoise.of(bound, self.sum_multiplier, values))
 
     def events(self, norms: Iterable[float], past: Sequence[Event]) -> tuple[Event, ...]:
         """Returns the events of a round with updates of these norms; draws the noise of the count."""

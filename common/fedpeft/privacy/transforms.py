@@ -20,13 +20,10 @@ from numpy.typing import NDArray
 from fedpeft.config import RunConfig
 from fedpeft.errors import PayloadInvalid
 from fedpeft.privacy.events import Clipped, Event, LocallyNoised
-from fedpeft.privacy.noise import gaussian
+from fedpeft.privacy.noise import GriddedNoise
 
 Arrays = dict[str, NDArray[np.float32]]
 
-
-_GRID = 32
-"""A grid step is at most a bound times 2^-_GRID, as in `fedpeft.privacy.central`."""
 _ROUNDING = 2.0**-20
 """Part of the bound by which an update is clipped further, for scaling rounds to float32."""
 
@@ -115,11 +112,12 @@ class LocalNoise(Transform):
     def apply(self, tensors: Arrays, slack: float) -> tuple[Arrays, dict[str, float]]:
         """See `Transform.apply`; the noise has no bound that the encoding could break."""
         clipped, _ = Clip(self._bound).apply(tensors, _ROUNDING)
-        grid = 2.0 ** (math.frexp(self._bound)[1] - 1 - _GRID)
-        # Rounding moves two updates apart by at most a grid step in each value, which the noise is scaled up for.
         size = sum(values.size for values in clipped.values())
-        sigma = self._noise_multiplier * (self._bound + math.sqrt(size) * grid)
-        return {name: _noised(values, sigma, grid) for name, values in clipped.items()}, {}
+        noise = GriddedNoise.of(self._bound, self._noise_multiplier, size)
+        noised = {name: values.astype(np.float64) for name, values in clipped.items()}
+        for values in noised.values():
+            noise.add(values)
+        return {name: values.astype(np.float32) for name, values in noised.items()}, {}
 
     def check(self, norm: float) -> None:
         """See `Transform.check`; any norm can have passed."""
@@ -127,13 +125,6 @@ class LocalNoise(Transform):
     def event(self, count: int) -> Event:
         """See `Transform.event`."""
         return LocallyNoised(self._bound, self._noise_multiplier, count)
-
-
-def _noised(values: NDArray[np.float32], sigma: float, grid: float) -> NDArray[np.float32]:
-    """Returns values with Gaussian noise, a function of what they are on a grid: no low bits say what they were."""
-    steps = np.rint(values.astype(np.float64) / grid)
-    steps += gaussian(values.size).reshape(values.shape) * (sigma / grid)
-    return (np.rint(steps) * grid).astype(np.float32)
 
 
 def transforms_of(config: RunConfig) -> tuple[Transform, ...]:

@@ -8,16 +8,14 @@ g_i is the gradient of one example's loss, over all tensors that the round train
 - The divisor is the same for every batch: its true size depends on who was drawn.
 - An empty batch makes a step of noise alone, or its absence would say that nobody was drawn.
 - A gradient that is not finite adds nothing: it has no norm to clip.
-- The sum is made in float64 and is a multiple of a grid of 2^-32 C, as is the result, as at the server.
+- The sum is made in float64 and is a multiple of a grid, as is the result: see `fedpeft.privacy.noise`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedpeft.errors import TrainingFailed
 from fedpeft.models.tasks import Batch, Task
 from fedpeft.peft import TunedModel
-from fedpeft.privacy.noise import gaussian
+from fedpeft.privacy.noise import GriddedNoise
 from fedpeft.training.batches import size, split
 from fedpeft.training.gradients import TaskLoss, Trained, out_of_memory
 from fedpeft.training.precision import autocast
@@ -33,8 +31,6 @@ from fedpeft.training.precision import autocast
 Values = dict[str, torch.Tensor]
 """By the name of a parameter in the module."""
 
-_GRID = 32
-"""A grid step is at most a bound times 2^-_GRID, as in `fedpeft.privacy.central`."""
 _ROUNDING = 2.0**-20
 """Part of the bound by which a gradient is clipped further, for its norm is rounded."""
 
@@ -156,15 +152,11 @@ class ExampleGradients:
 
     def _publish(self, sums: Values) -> None:
         """Adds noise to the sums, divides them, and leaves them as gradients."""
-        bound = self._noise.bound
-        grid = 2.0 ** (math.frexp(bound)[1] - 1 - _GRID)
-        # Rounding moves two sums apart by at most a grid step in each value, which the noise is scaled up for.
         values = sum(total.numel() for total in sums.values())
-        sigma = self._noise.noise_multiplier * (bound + math.sqrt(values) * grid)
+        noise = GriddedNoise.of(self._noise.bound, self._noise.noise_multiplier, values)
         for name, total in sums.items():
-            steps = np.rint(total.cpu().numpy() / grid)
-            steps += gaussian(steps.size).reshape(steps.shape) * (sigma / grid)
-            noised = torch.from_numpy(np.rint(steps) * (grid / self._expected))
+            noised = total.cpu()  # the sum itself, where it is on the CPU: nothing needs it any more
+            noise.add(noised.numpy(), self._expected)
             parameter = self._parameters[name]
             parameter.grad = noised.to(parameter.device, parameter.dtype)
 
