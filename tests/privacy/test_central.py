@@ -17,8 +17,9 @@ from fedpeft.aggregation import UpdateFacts, strategy
 from fedpeft.config import RunConfig, parse_config
 from fedpeft.errors import ConfigInvalid, Internal
 from fedpeft.privacy import central, noise
-from fedpeft.privacy.central import Central, NoisedSum, central_of
+from fedpeft.privacy.central import Central, NoisedSum
 from fedpeft.privacy.events import Adapted, Noised
+from fedpeft.privacy.round_privacy import round_privacy_of
 from fedpeft.rounds.combinations import check_combination, misfits
 from fedpeft.rounds.folding.contributions import Contribution
 from fedpeft.rounds.folding.fold import fold_tensors
@@ -39,7 +40,7 @@ def run(clients: int = 4, aggregation: dict[str, Any] | None = None, **privacy: 
 
 
 def mechanism(clients: int = 4, **privacy: Any) -> Central:
-    found = central_of(run(clients, **privacy))
+    found = round_privacy_of(run(clients, **privacy)).central
     assert found is not None
     return found
 

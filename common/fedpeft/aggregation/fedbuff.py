@@ -9,25 +9,24 @@ their examples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
 
-from fedpeft.aggregation import Doubles, Options, Strategy, UpdateFacts, strategies
+from fedpeft.aggregation import UpdateFacts, strategies
+from fedpeft.aggregation.scaled_step import ScaledOptions, ScaledStep
 
 
-class FedBuffOptions(Options):
+class FedBuffOptions(ScaledOptions):
     """Options of FedBuff."""
 
-    server_learning_rate: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """eta."""
     staleness_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
     """a; 0 ignores staleness."""
 
 
 @strategies.register("fedbuff")
-class FedBuff(Strategy):
+class FedBuff(ScaledStep):
     """The sum of the changes, the staler the less, divided by their number."""
 
     Options = FedBuffOptions
@@ -40,7 +39,3 @@ class FedBuff(Strategy):
     def divisor(self, cohort: Sequence[UpdateFacts], weights: Sequence[float]) -> float:
         """See `Strategy.divisor`; K."""
         return float(len(cohort))
-
-    def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:
-        """See `Strategy.step`."""
-        return x + self.options.server_learning_rate * delta, {}

@@ -13,19 +13,10 @@ Clients that make more steps, because they have more data or epochs, no longer p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated
+from collections.abc import Sequence
 
-from pydantic import Field
-
-from fedpeft.aggregation import Doubles, Options, Strategy, UpdateFacts, strategies
-
-
-class FedNovaOptions(Options):
-    """Options of FedNova."""
-
-    server_learning_rate: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """eta; 1 with equal steps is FedAvg."""
+from fedpeft.aggregation import UpdateFacts, strategies
+from fedpeft.aggregation.scaled_step import ScaledStep
 
 
 def accumulated(steps: float, momentum: float) -> float:
@@ -35,11 +26,9 @@ def accumulated(steps: float, momentum: float) -> float:
 
 
 @strategies.register("fednova")
-class FedNova(Strategy):
-    """The mean of the changes per local step, times the mean of the steps."""
+class FedNova(ScaledStep):
+    """The mean of the changes per local step, times the mean of the steps; with equal steps it is FedAvg."""
 
-    Options = FedNovaOptions
-    options: FedNovaOptions
     normalises_by_steps = True
 
     def weigh(self, facts: UpdateFacts) -> float:
@@ -51,7 +40,3 @@ class FedNova(Strategy):
         examples = math.fsum(facts.examples for facts in cohort)
         tau = math.fsum(facts.examples * accumulated(facts.steps, facts.momentum) for facts in cohort) / examples
         return examples / tau
-
-    def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:
-        """See `Strategy.step`."""
-        return x + self.options.server_learning_rate * delta, {}

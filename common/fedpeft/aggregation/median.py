@@ -6,28 +6,15 @@ client claims. Of an even number of clients it is the mean of the two in the mid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated
-
 import numpy as np
-from pydantic import Field
 
-from fedpeft.aggregation import BlockStrategy, Doubles, Options, UpdateFacts, strategies
-
-
-class MedianOptions(Options):
-    """Options of the median."""
-
-    server_learning_rate: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """eta of x + eta Delta."""
+from fedpeft.aggregation import BlockStrategy, Doubles, UpdateFacts, strategies
+from fedpeft.aggregation.scaled_step import ScaledStep
 
 
 @strategies.register("median")
-class Median(BlockStrategy):
+class Median(ScaledStep, BlockStrategy):
     """The coordinate-wise median of the clients' changes."""
-
-    Options = MedianOptions
-    options: MedianOptions
 
     def weigh(self, facts: UpdateFacts) -> float:
         """See `Strategy.weigh`; all weigh the same."""
@@ -38,7 +25,3 @@ class Median(BlockStrategy):
         ordered: Doubles = np.sort(block, axis=0)
         middle: Doubles = ordered[len(block) // 2]
         return middle.copy() if len(block) % 2 else (ordered[len(block) // 2 - 1] + middle) / 2
-
-    def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:
-        """See `Strategy.step`."""
-        return x + self.options.server_learning_rate * delta, {}

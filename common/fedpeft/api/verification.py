@@ -20,8 +20,8 @@ from google.protobuf.message import DecodeError
 from fedpeft.adapters.payload import Manifest, checked_squared_norm
 from fedpeft.errors import BlobCorrupt, InvalidArgument, StateInvalid
 from fedpeft.privacy.accounting import BudgetSpent
-from fedpeft.privacy.central import central_of
 from fedpeft.privacy.events import Adapted, Event
+from fedpeft.privacy.round_privacy import round_privacy_of
 from fedpeft.privacy.transforms import transforms_of
 from fedpeft.process.mapped_files import mapped, releaser
 from fedpeft.rounds.acceptance import check_tensors, norm_of
@@ -119,7 +119,7 @@ class Replay:
         self._state: Stored | None = None
         self._extents: dict[int, Extent] = {}
         self._ledger: list[Event] = []
-        self.noised = central_of(header.config) is not None
+        self.noised = round_privacy_of(header.config).central is not None
 
     def fold(self, record: Record, base: Path) -> None:
         """Folds the next round and compares what comes out with its record, to the bit; up to the noise, if it has any.
@@ -183,7 +183,7 @@ class Replay:
 
     def _check_bound(self, record: Record) -> None:
         """Checks that a bound which adapts follows from the noised count that is recorded."""
-        central = central_of(self._header.config)
+        central = round_privacy_of(self._header.config).central
         adapted = [event for event in record.events if isinstance(event, Adapted)]
         for event in adapted:
             assert central is not None  # else no round folded again has such an event

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.config import DEFAULT_QUANTILE_RATE, PrivacyConfig, RunConfig
+from fedpeft.config import DEFAULT_QUANTILE_RATE, PrivacyConfig
 from fedpeft.privacy.events import Adapted, Event, Noised
 from fedpeft.privacy.noise import GriddedNoise, gaussian
 
@@ -121,9 +121,3 @@ class Central:
         assert quantile is not None
         rate = self.privacy.quantile_rate or DEFAULT_QUANTILE_RATE
         return min(max(bound * math.exp(-rate * (unclipped - quantile)), _LEAST), _MOST)
-
-
-def central_of(config: RunConfig) -> Central | None:
-    """Returns the mechanism of a run; None if it adds no noise at the server."""
-    privacy = config.privacy
-    return Central(privacy, config.rounds.clients) if privacy and privacy.mechanism == "central" else None

@@ -21,9 +21,11 @@ class RoundPrivacy:
 
     Attributes:
         judges: True if updates may be left out for what they are.
+        central: The noise of the server's; None where it adds none.
     """
 
     judges: ClassVar[bool] = True
+    central: Central | None = None
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -89,15 +91,15 @@ class CentralNoise(RoundPrivacy):
         super().__init__(config)
         assert config.privacy is not None  # it names this mechanism
         self._delta = config.privacy.delta or 0.0
-        self._central = Central(config.privacy, config.rounds.clients)
+        self.central: Central = Central(config.privacy, config.rounds.clients)
 
     def noised_sum(self, norms: Iterable[tuple[str, float]], past: Sequence[Event], values: int) -> NoisedSum | None:
         """See `RoundPrivacy.noised_sum`."""
-        return self._central.noised_sum(dict(norms), past, values)
+        return self.central.noised_sum(dict(norms), past, values)
 
     def events(self, count: int, norms: Iterable[float], past: Sequence[Event]) -> tuple[Event, ...]:
         """See `RoundPrivacy.events`; draws the noise of the count of updates within the bound."""
-        return super().events(count, norms, past) + self._central.events(norms, past)
+        return super().events(count, norms, past) + self.central.events(norms, past)
 
     def figures(self, past: Sequence[Event], before: float, spent: Iterable[float]) -> dict[str, float]:
         """See `RoundPrivacy.figures`; the epsilon of the run."""

@@ -17,7 +17,7 @@ from fedpeft.config_errors import Fault
 from fedpeft.errors import ConfigInvalid
 from fedpeft.formatting import counted
 from fedpeft.privacy.accounting import locally_overspent, overspent
-from fedpeft.privacy.central import central_of
+from fedpeft.privacy.round_privacy import round_privacy_of
 from fedpeft.privacy.transforms import transforms_of
 from fedpeft.rounds.state_machine import RoundPolicy, policy_of
 
@@ -112,7 +112,7 @@ def _scheduled(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
 
 def _noised(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
     """Finds what noise at the server does not hide, or what it would be too little or too much for."""
-    central, privacy = central_of(config), config.privacy
+    central, privacy = round_privacy_of(config).central, config.privacy
     if central is None or privacy is None:
         return
     noise = 'privacy.mechanism "central" hides a client in one sum of bounded updates'
@@ -145,7 +145,7 @@ def _exact(config: RunConfig, spec: AdapterSpec) -> Iterator[Fault]:
     if spec.sections:
         what = f"section {spec.sections[0].name!r} of algorithm {_algorithm_name(config)!r}"
         yield field, f"does not go with {what}, which is added up apart"
-    if central_of(config) is not None:
+    if round_privacy_of(config).central is not None:
         yield field, 'does not go with privacy.mechanism "central", whose noise is for a sum of updates of one bound'
 
 

@@ -30,7 +30,7 @@ from fedpeft.errors import (
     VersionNotFound,
 )
 from fedpeft.privacy.accounting import BudgetSpent
-from fedpeft.privacy.central import central_of
+from fedpeft.privacy.round_privacy import round_privacy_of
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.process import tracing
 from fedpeft.process.durable import create_eagerly
@@ -132,7 +132,7 @@ def aggregate(
         if not policy_of(run.config.rounds).makes_versions:
             store.blobs.put(sum_key(run.id, number), Path(scratch, "sum"), outcome.made.sha256)
             return Result(outcome, store.clock.time(), None)
-        draw = secrets.token_hex(8) if central_of(run.config) else ""
+        draw = secrets.token_hex(8) if round_privacy_of(run.config).central else ""
         version = _version(run, number, outcome, store.clock.time(), draw=draw)
         if outcome.state_sha256:
             store.blobs.put(state_file_key(version), Path(scratch, "state"), outcome.state_sha256)

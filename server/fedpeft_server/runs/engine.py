@@ -22,7 +22,7 @@ from fedpeft.errors import (
     VersionNotFound,
 )
 from fedpeft.identity.audit import Detail
-from fedpeft.privacy.central import central_of
+from fedpeft.privacy.round_privacy import round_privacy_of
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.rounds import conduct, events
 from fedpeft.rounds.state_machine import Phase, Round, policy_of
@@ -142,7 +142,7 @@ class RunEngine:
     async def start(self) -> None:
         """Takes up the run where the last process left it."""
         makes_versions = policy_of(self.run.config.rounds).makes_versions
-        if not makes_versions or (central_of(self.run.config) and self.run.version):
+        if not makes_versions or (round_privacy_of(self.run.config).central and self.run.version):
             await self._folding.forget_other_draws(self.run.version)
         if self.actor.status.folds:
             self._log.info("aggregation resumed", round=self.round.number)
