@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.registry import Collector
 
 from fedpeft.errors import SettingsInvalid
 from fedpeft.privacy.statement import EPSILON
@@ -83,12 +84,37 @@ class _Room(NamedTuple):
     free: float
 
 
+class _OfRuns(CollectorRegistry):
+    """Registers the metrics whose series are of runs, and has those of a run removed.
+
+    Args:
+        registry: That of all metrics.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__()
+        self._registry = registry
+        self._metrics: list[Counter | Gauge | Histogram] = []
+
+    def register(self, collector: Collector) -> None:
+        """Takes a metric with the label `run`."""
+        assert isinstance(collector, Counter | Gauge | Histogram)
+        self._registry.register(collector)
+        self._metrics.append(collector)
+
+    def forget(self, run: str) -> None:
+        """Removes all series of a run."""
+        for metric in self._metrics:
+            metric.remove_by_labels({"run": run})
+
+
 class Metrics:
     """The metrics of one daemon, in a registry of their own. `run` is the run's id, empty for none."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        self._of_runs = _OfRuns(self.registry)
         self._declare_daemon()
         self._declare_storage()
         self._declare_bytes()
@@ -177,7 +203,7 @@ class Metrics:
             self.corrupt_files.labels(kind)
 
     def _declare_bytes(self) -> None:
-        r, run, direction = self.registry, ("run",), ("run", "direction")
+        r, run, direction = self._of_runs, ("run",), ("run", "direction")
         self.wire_bytes = Counter(
             "fedpeft_wire_bytes",
             "Size of serialized messages, bytes; `up` is client to server, `down` server to client.",
@@ -207,7 +233,7 @@ class Metrics:
         )
 
     def _declare_rounds(self) -> None:
-        r, run = self.registry, ("run",)
+        r, run = self._of_runs, ("run",)
         self.run_info = Gauge(
             "fedpeft_run_info", "Always 1; the labels describe the run.", ("run", "name", "method", "model"), registry=r
         )
@@ -267,7 +293,7 @@ class Metrics:
         )
 
     def _declare_evaluations(self) -> None:
-        r, run = self.registry, ("run",)
+        r, run = self._of_runs, ("run",)
         self.evaluation_backlog = Gauge(
             "fedpeft_evaluation_backlog",
             "Versions still to be scored by the evaluator that is furthest behind.",
@@ -295,7 +321,7 @@ class Metrics:
         )
 
     def _declare_clients(self) -> None:
-        r, run = self.registry, ("run",)
+        r, run = self._of_runs, ("run",)
         self.updates = Counter(
             "fedpeft_updates",
             "Updates by outcome: `received`, `refused`, `late`; `excluded`: received, but not aggregated; "
@@ -334,7 +360,7 @@ class Metrics:
             "Registered clients by role (`trainer`, `evaluator`) and time since their last call: `present`, `silent` "
             "(more than 2 minutes), `gone` (more than a day).",
             ("role", "state"),
-            registry=r,
+            registry=self.registry,
         )
         self.client_images_per_second = Histogram(
             "fedpeft_client_images_per_second",
@@ -405,9 +431,7 @@ class Metrics:
 
     def forget(self, run: str) -> None:
         """Removes all series of a deleted run."""
-        for metric in vars(self).values():
-            if isinstance(metric, Counter | Gauge | Histogram) and "run" in metric._labelnames:
-                metric.remove_by_labels({"run": run})
+        self._of_runs.forget(run)
 
     def serve(self, host: str, port: int) -> MetricsServer:
         """Serves /metrics on a thread of its own.
