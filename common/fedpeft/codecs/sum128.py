@@ -32,7 +32,7 @@ from fedpeft.errors import PayloadInvalid
 LARGEST = 2.0**33
 """Every product and sum that is added has a smaller magnitude."""
 MOST_ADDED = 2**17
-"""Most products or sums that are added up; more than the clients of a round can be."""
+"""Most products or sums that are added up; a round may have 100,000 clients."""
 
 _BLOCK = 16_384
 """Values that are added at once: three limbs and what is between lie in a core's cache."""

@@ -17,6 +17,7 @@ from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import BlockStrategy, Doubles, Options, Strategy, UpdateFacts, strategy
 from fedpeft.codecs import BLOCK_ELEMENTS
 from fedpeft.errors import Internal
+from fedpeft.rounds.folding import contributions
 from fedpeft.rounds.folding.contributions import Contribution, Overflow
 from fedpeft.rounds.folding.fold import Folded, fold, fold_sums, fold_tensors, weigh
 
@@ -231,6 +232,18 @@ class Broken(Strategy):
 
     def step(self, x: Doubles, delta: Doubles, state: Mapping[str, Doubles]) -> tuple[Doubles, dict[str, Doubles]]:
         return x * np.nan, {}
+
+
+def test_more_updates_than_a_sum_is_exact_for_are_not_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contributions, "MOST_ADDED", 3)
+    rule, base = strategy("fedavg", {}), arrays(0)
+    assert len(list(fold_tensors(cohort(3), SPECS, rule, base, {}, exact=True))) == len(SPECS)
+    for exact in (
+        lambda: list(fold_sums(cohort(4), SPECS, rule)),
+        lambda: list(fold_tensors(cohort(4), SPECS, rule, base, {}, exact=True)),
+    ):
+        with pytest.raises(Internal, match="4 updates; an exact sum is of 3 at most"):
+            exact()
 
 
 def test_faults_of_a_cohort() -> None:

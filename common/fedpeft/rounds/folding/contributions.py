@@ -10,7 +10,8 @@ from fedpeft.adapters.payload import Entry, Manifest
 from fedpeft.adapters.spec import TensorSpec
 from fedpeft.aggregation import UpdateFacts
 from fedpeft.codecs import Values, codecs
-from fedpeft.codecs.sum128 import SUM128, ExactSum, High, Low, TooLarge
+from fedpeft.codecs.sum128 import MOST_ADDED, SUM128, ExactSum, High, Low, TooLarge
+from fedpeft.errors import Internal
 
 
 class Overflow(Exception):
@@ -74,7 +75,10 @@ def exact_sums(
 
     Raises:
         Overflow: If a weighted value of a client is too large.
+        Internal: If there are more contributions than an exact sum can have.
     """
+    if len(ordered) > MOST_ADDED:
+        raise Internal(f"there are {len(ordered):,} updates; an exact sum is of {MOST_ADDED:,} at most")
     readers = [_addends(contribution, index, block) for contribution in ordered]
     for start in range(0, size, block):
         total = ExactSum(min(block, size - start))
