@@ -7,7 +7,7 @@ import traceback
 
 from fedpeft.errors import FedpeftError
 from fedpeft.process import durable
-from fedpeft.process.start import naming_arguments, note, to_the_end
+from fedpeft.process.start import check_command, naming_arguments, note, to_the_end
 from fedpeft.rpc import grpc_core
 from fedpeft.untrusted_text import print_anything
 from fedpeft_client.commands.table import COMMANDS, listing
@@ -29,6 +29,7 @@ def run(arguments: list[str]) -> int:
         with durable.naming_files(), to_the_end("fedpeft-client"), naming_arguments(arguments):
             if arguments and (command := COMMANDS.get(arguments[0])):
                 return command.load()(arguments[1:])
+            check_command(arguments, COMMANDS)
             settings = _settings(arguments)
             verbose = settings.verbose
             from fedpeft_client.app import serve  # only now: --help and wrong usage need no gRPC

@@ -32,6 +32,8 @@ class Settings(ProcessSettings):
     Every setting may be a flag, an environment variable (FEDPEFT_CLIENT_SERVER for --server) or a key of the --config
     file (server), in this order of precedence.
 
+    Commands beside it, each with a --help of its own: enroll, leave, ledger, status.
+
     Each run is offered to this client, which looks whether data, model and method suit it, and accepts or declines with
     the reason. It judges every run anew when it is started.
 

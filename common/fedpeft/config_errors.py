@@ -6,8 +6,9 @@ import json
 import re
 import tomllib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -64,15 +65,22 @@ def dotted(*parts: str) -> str:
     return ".".join(map(_quoted, parts))
 
 
-def in_file(path: Path, text: str, faults: Sequence[Fault]) -> str:
+def in_file(path: Path, text: str, faults: Sequence[Fault], override: Mapping[str, Any] = MappingProxyType({})) -> str:
     """Returns the message about faults of a TOML file: a line `FILE:LINE: FIELD: what` for each.
 
     Args:
         path: The file.
         text: Its content.
         faults: At least one.
+        override: Fields that were set in place of the file's; of these no line of the file is to blame.
     """
-    return "\n".join(f"{path}:{line_of(text, field)}: {field}: {fault}" for field, fault in faults)
+
+    def place(field: str) -> str:
+        parts = _parts(field)
+        overridden = bool(parts) and _present(override, parts) == parts
+        return f"set in place of {path}'s" if overridden else f"{path}:{line_of(text, field)}"
+
+    return "\n".join(f"{place(field)}: {field}: {fault}" for field, fault in faults)
 
 
 def line_of(text: str, field: str) -> int:

@@ -15,7 +15,7 @@ from importlib import import_module
 from fedpeft.errors import FedpeftError, IdentityInvalid, SettingsInvalid, StateInvalid
 from fedpeft.process import durable
 from fedpeft.process.logs import configure
-from fedpeft.process.start import naming_arguments, note, to_the_end
+from fedpeft.process.start import check_command, naming_arguments, note, to_the_end
 from fedpeft.rpc import grpc_core
 from fedpeft.untrusted_text import print_anything
 from fedpeft_server.settings import Settings
@@ -58,6 +58,7 @@ def main() -> None:
             if arguments and arguments[0] in COMMANDS:
                 module, _ = COMMANDS[arguments[0]]
                 sys.exit(import_module(module).main(arguments[1:]))
+            check_command(arguments, COMMANDS)
             settings = _settings(arguments)
         configure(settings.log_format, settings.log_level)
         grpc_core.configure()

@@ -17,6 +17,7 @@ from fedpeft.errors import StateInvalid
 from fedpeft.process import durable, locks
 from fedpeft.process.addresses import Address
 from fedpeft.process.tracing import traced
+from fedpeft_server.backups import folders
 from fedpeft_server.parts import Parts, build
 from fedpeft_server.settings import Settings
 from fedpeft_server.startup_checks import tell_lost_versions
@@ -160,12 +161,13 @@ def _locked(folder: Path) -> Iterator[None]:
     """Holds the data folder for this process.
 
     Raises:
-        StateInvalid: If it cannot be made or written, or another server holds it.
+        StateInvalid: If it cannot be made or written, is a backup, or another server holds it.
     """
     try:
         durable.make_folder(folder, 0o700)  # updates are nobody else's to read
     except OSError as error:
         raise StateInvalid(f"--data-dir {folder}: {error.strerror}; name a folder this user can write") from None
+    folders.refuse_to_serve(folder)
     with locks.directory(folder, f"--data-dir {folder}", "server", "name another folder"):
         durable.sweep(folder)
         yield

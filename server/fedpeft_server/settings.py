@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -22,6 +23,8 @@ class Settings(ProcessSettings):
 
     Every setting may be a flag, an environment variable (FEDPEFT_SERVER_DATA_DIR for --data-dir) or a key of the
     --config file (data_dir), in this order of precedence. It serves until SIGTERM or Ctrl-C, and goes on where it was.
+
+    Commands beside it, each with a --help of its own: init, certificate, authority, check, backup, restore.
 
     Exit codes: 0 told to stop by a signal; 1 failed; 2 wrong settings, an unusable folder, or a port in use.
 
@@ -176,4 +179,15 @@ class Settings(ProcessSettings):
             raise ValueError(
                 f"--listen {listen} leaves no port after it, where devices would enroll; name one with --enroll"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ports_apart(self) -> Self:
+        given = {"--listen": self.listen, "--metrics": self.metrics, "--enroll": self.enroll}
+        if Files(self.certificates).enrols():
+            given["--enroll"] = self.enroll_address
+        places = [(flag, Address.parse(text, free=True)) for flag, text in given.items() if text]
+        for (one, here), (other, there) in combinations(places, 2):
+            if here.port == there.port != 0 and (here.host == there.host or here.is_every or there.is_every):
+                raise ValueError(f"{one} {here} and {other} {there} are one port; give each its own")
         return self

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedpeft.config.overrides import merged, parse_overrides
+from fedpeft.config.overrides import joined, merged, parse_overrides
 from fedpeft.errors import ConfigInvalid
 
 RUN = {
@@ -54,3 +54,25 @@ def test_settings_are_values_of_toml_or_else_text():
 def test_what_is_no_setting_is_refused(setting):
     with pytest.raises(ConfigInvalid, match=r"is no (setting|key)"):
         parse_overrides([setting])
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        (["rounds.count=1", "rounds.count=2"], "rounds.count"),
+        (["rounds.count=1", "rounds={count=1}"], "rounds.count"),
+        (["privacy.noise_multiplier=1", "privacy=false"], "privacy"),
+        (["name=a", "rounds.seed=1", "name=a"], "name"),
+    ],
+)
+def test_a_field_that_is_set_twice_is_refused(settings, field):
+    with pytest.raises(ConfigInvalid, match=rf"^{field} is set twice; give it once$"):
+        parse_overrides(settings)
+
+
+def test_overrides_that_share_a_section_are_joined():
+    one, other = {"rounds": {"count": 3}}, {"rounds": {"seed": 5}, "name": "x"}
+    assert joined(one, other) == {"rounds": {"count": 3, "seed": 5}, "name": "x"}
+    assert one == {"rounds": {"count": 3}}
+    with pytest.raises(ConfigInvalid, match=r"^rounds\.seed is set twice"):
+        joined({"rounds": {"seed": 6}}, other)

@@ -201,3 +201,18 @@ def test_other_errors_pass_as_they_are(file: Path) -> None:
 def test_what_is_true_of_a_file_is_true_of_a_message() -> None:
     with pytest.raises(ConfigInvalid, match=r"rounds\.count: Input should be a valid integer"):
         parse_config({**GOOD, "rounds": {"count": True}})
+
+
+def test_a_field_that_was_overridden_is_no_fault_of_a_line(file: Path) -> None:
+    file.write_text(
+        '[model]\nname = "vit_tiny_patch16_224"\nclasses = ["a", "b"]\n'
+        '[peft]\nmethod = "bias"\n[rounds]\ncount = 3\nclients = 0\n'
+    )
+    with pytest.raises(ConfigInvalid) as caught:
+        load_run_file(file, {"rounds": {"count": 0, "cuont": 3}})
+    lines = caught.value.message.splitlines()
+    assert lines[0].startswith(f"set in place of {file}'s: rounds.count: Input should be greater")
+    assert lines[1].startswith(f"{file}:8: rounds.clients: ")
+    assert lines[2] == f"set in place of {file}'s: rounds.cuont: is not a known key (got 3)"
+    with pytest.raises(ConfigInvalid, match=r"^set in place of"), faults_in(file, {"peft": {"method": "lora"}}):
+        raise ConfigInvalid("peft.method: no place", (("peft.method", "no place"),))

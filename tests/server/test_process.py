@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import grpc
@@ -18,6 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedpeft.adapters import payload
 from fedpeft.errors import SettingsInvalid
+from fedpeft.process.start import check_command
+from fedpeft_client.commands.table import COMMANDS as CLIENT_COMMANDS
+from fedpeft_client.settings import Settings as ClientSettings
+from fedpeft_server.__main__ import COMMANDS
+from fedpeft_server.settings import Settings
 
 from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port, header
 
@@ -94,8 +100,6 @@ def test_wrong_settings_are_one_sentence_and_exit_code_2(flags: list[str], says:
 def test_flags_come_before_the_environment_and_both_before_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedpeft_server.settings import Settings
-
     file = tmp_path / "server.toml"
     file.write_text('data_dir = "/from-file"\nmax_transfers = 3\nmax_clients = 3\ndrain_s = 3\n')
     monkeypatch.setenv("FEDPEFT_SERVER_MAX_TRANSFERS", "2")
@@ -105,8 +109,6 @@ def test_flags_come_before_the_environment_and_both_before_the_file(
 
 
 def test_an_empty_folder_is_none_and_not_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedpeft_server.settings import Settings
-
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingsInvalid, match=r"^--data-dir is missing"):
         Settings.read(["--data-dir", ""])
@@ -114,6 +116,29 @@ def test_an_empty_folder_is_none_and_not_the_current_one(tmp_path: Path, monkeyp
     monkeypatch.setenv("FEDPEFT_SERVER_DATA_DIR", "")
     with pytest.raises(SettingsInvalid, match=r"^--data-dir is missing"):
         Settings.read([])
+
+
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [
+        ("chek", "did you mean check?"),
+        ("--check", ""),
+        ("serve", "the commands are authority, backup, certificate, check, init, restore"),
+    ],
+)
+def test_a_word_that_is_no_command_is_told(word: str, remedy: str) -> None:
+    with pytest.raises(SettingsInvalid) if remedy else nullcontext() as caught:
+        check_command([word, "--data-dir", "x"], COMMANDS)
+    assert caught is None or caught.value.message == f"there is no command {word!r}; {remedy}"
+    check_command([], COMMANDS)
+
+
+def test_the_help_names_every_command() -> None:
+    for settings, commands in ((Settings, COMMANDS), (ClientSettings, CLIENT_COMMANDS)):
+        (named,) = re.findall(
+            r"Commands beside it, each with a --help of its own: ([a-z, ]+)\.", settings.__doc__ or ""
+        )
+        assert set(named.split(", ")) == set(commands)
 
 
 def test_ports_and_the_data_folder_belong_to_one_daemon(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fedpeft.config_errors import dotted
 from fedpeft.errors import ConfigInvalid
 
 Table = dict[str, Any]
@@ -46,12 +47,34 @@ def parse_overrides(settings: Iterable[str]) -> Table:
     A value is one of TOML; what is none is text, so that quotes are needed only where a number is meant as text.
 
     Raises:
-        ConfigInvalid: If a setting has no form KEY=VALUE.
+        ConfigInvalid: If a setting has no form KEY=VALUE, or two set one field.
     """
     result: Table = {}
     for setting in settings:
-        result = merged(result, parse_setting(setting))
+        result = joined(result, parse_setting(setting))
     return result
+
+
+def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> Table:
+    """Returns the override that makes what both make; changes neither.
+
+    Raises:
+        ConfigInvalid: If both set one field: which is meant cannot be told.
+    """
+    if field := _set_by_both(one, other):
+        raise ConfigInvalid(f"{field} is set twice; give it once")
+    return merged(one, other)
+
+
+def _set_by_both(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Returns the path of the first field that two overrides set; "" if there is none."""
+    for key in one.keys() & other.keys():
+        mine, theirs = one[key], other[key]
+        if not (isinstance(mine, Mapping) and isinstance(theirs, Mapping)):
+            return dotted(key)
+        if below := _set_by_both(mine, theirs):
+            return f"{dotted(key)}.{below}"
+    return ""
 
 
 def parse_setting(setting: str) -> Table:

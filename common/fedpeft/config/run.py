@@ -63,7 +63,7 @@ def load_run_file(path: Path, override: Mapping[str, Any] = MappingProxyType({})
     Raises:
         ConfigInvalid: If the file cannot be read, is not TOML, or breaks a rule; with file, line and field.
     """
-    with faults_in(path):
+    with faults_in(path, override):
         return parse_config(merged(run_table(path), override))
 
 
@@ -80,18 +80,23 @@ def run_table(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def faults_in(path: Path) -> Iterator[None]:
+def faults_in(path: Path, override: Mapping[str, Any] = MappingProxyType({})) -> Iterator[None]:
     """Gives the faults of a run file that are found inside their lines: some show only once the model is built.
 
+    Args:
+        path: The file.
+        override: Fields that are set in place of the file's.
+
     Raises:
-        ConfigInvalid: For every error that names fields, with file, line and field; others pass as they are.
+        ConfigInvalid: For every error that names fields, with file, line and field, or that the field was overridden;
+            other errors pass as they are.
     """
     try:
         yield
     except (ConfigInvalid, ModelInvalid) as error:
         if not error.fields:
             raise
-        raise ConfigInvalid(in_file(path, _read(path), error.fields), error.fields) from None
+        raise ConfigInvalid(in_file(path, _read(path), error.fields, override), error.fields) from None
 
 
 def _read(path: Path) -> str:

@@ -51,6 +51,14 @@ class Address:
         except ValueError:
             return self.host == "localhost"
 
+    @property
+    def is_every(self) -> bool:
+        """True if it is every address of this machine, which only a server can be told to listen on."""
+        try:
+            return ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return False
+
 
 def without_root(host: str) -> str:
     """Returns a host name without the dot of the root at its end, which no certificate has."""

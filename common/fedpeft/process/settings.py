@@ -20,6 +20,9 @@ from fedpeft import __version__, text_files
 from fedpeft.errors import SettingsInvalid
 from fedpeft.process import completion
 
+_SAY_THE_VALUE = ("path_type", "value_error")
+"""Kinds of faults whose sentence names the value where that helps."""
+
 
 class ProcessSettings(BaseSettings):
     """The settings of one process: flags over environment over a TOML file; whole and frozen once made.
@@ -116,4 +119,6 @@ class ProcessSettings(BaseSettings):
         if fault["type"] == "missing":
             return f"{flag} is missing (or {cls._prefix()}{key.upper()}, or {key} in the settings file)"
         text = "should be a path" if fault["type"] == "path_type" else fault["msg"].removeprefix("Value error, ")
+        if fault["type"] not in _SAY_THE_VALUE:
+            text += f" (got {str(fault['input'])[:80]!r})"
         return f"{flag}: {text}" if key else text

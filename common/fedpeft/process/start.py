@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from itertools import pairwise
@@ -69,6 +70,23 @@ def naming_arguments(arguments: Sequence[str]) -> Iterator[None]:
                 which = flag if flag.startswith("-") else f"an argument after {flag!r}"
                 raise SettingsInvalid(f"{which} is not UTF-8: {value[:80]!r}") from None
         raise
+
+
+def check_command(arguments: Sequence[str], commands: Collection[str]) -> None:
+    """Checks that the word which stands first on a command line, if no flag does, is a command.
+
+    Args:
+        arguments: The command line without the program's name.
+        commands: The words that are.
+
+    Raises:
+        SettingsInvalid: If it is none; with the command that it resembles, or all of them.
+    """
+    if not arguments or arguments[0].startswith("-") or arguments[0] in commands:
+        return
+    alike = difflib.get_close_matches(arguments[0], commands, 1)
+    remedy = f"did you mean {alike[0]}?" if alike else f"the commands are {', '.join(sorted(commands))}"
+    raise SettingsInvalid(f"there is no command {arguments[0][:80]!r}; {remedy}")
 
 
 def note(text: str) -> None:

@@ -20,8 +20,8 @@ def override_of(settings: Sequence[str], seed: int | None) -> views.Json:
     """Returns the fields that the flags give in place of the run file's.
 
     Raises:
-        ConfigInvalid: If a setting is not KEY=VALUE.
+        ConfigInvalid: If a setting is not KEY=VALUE, or a field is set twice.
     """
-    from fedpeft.config.overrides import merged, parse_overrides
+    from fedpeft.config.overrides import joined, parse_overrides
 
-    return merged(parse_overrides(settings), {} if seed is None else {"rounds": {"seed": seed}})
+    return joined(parse_overrides(settings), {} if seed is None else {"rounds": {"seed": seed}})

@@ -157,7 +157,7 @@ class Admission:
         allowed = RIGHTS.get(call.method, frozenset())
         caller.check_time()
         if caller.subject and caller.begins_at <= self.refused_until(caller.subject):
-            raise self._revocation(caller.subject)
+            raise self._revocation(caller.subject, caller.begins_at)
         if role in allowed:
             return
         name = call.method.rpartition("/")[2]
@@ -178,7 +178,7 @@ class Admission:
         self._refused_until[subject] = math.inf
         for task, call in self._open.get(subject, {}).items():
             if task is not sparing:
-                _end(task, call, self._revocation(subject))
+                _end(task, call, self._revocation(subject, call.caller.begins_at))
 
     def drain(self) -> None:
         """Ends the calls that have no end of their own, and takes no more of them: the server shuts down."""
@@ -221,20 +221,22 @@ class Admission:
             await self._store.transact(self._store.db.identities.seen, subject)
             self._known.add(subject)
 
-    def _revocation(self, subject: Subject) -> CertificateRevoked:
+    def _revocation(self, subject: Subject, begins_at: float) -> CertificateRevoked:
         until, whose = self.refused_until(subject), f"the certificates of {subject}"
-        if until < math.inf:
-            moment = datetime.fromtimestamp(until, UTC)
-            return CertificateRevoked(
-                f"{whose} that begin before {moment:%Y-%m-%d %H:%M:%S} UTC were revoked; get another"
-            )
         who = "the operator" if subject.role in (Role.CLIENT, Role.EVALUATOR) else "another operator"
-        how = (
-            "for a new enrolment token, and enroll anew with it"
-            if self._enrolls
-            else "to restore the name, then get another certificate"
-        )
-        return CertificateRevoked(f"{whose} were revoked; ask {who} {how}")
+        token = f"ask {who} for a new enrolment token, and enroll anew with it"
+        if until < math.inf:
+            another = token if self._enrolls else "get one that begins later"
+            return CertificateRevoked(
+                f"{whose} that begin before {_moment(until)} were revoked, and this one begins at "
+                f"{_moment(begins_at)}; {another}"
+            )
+        another = token if self._enrolls else f"ask {who} to restore the name, then get another certificate"
+        return CertificateRevoked(f"{whose} were revoked; {another}")
+
+
+def _moment(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _party(caller: Caller, context: Context) -> Party:

@@ -24,6 +24,7 @@ from pathlib import Path
 from fedpeft import __version__
 from fedpeft.errors import DiskFull, FedpeftError, StateInvalid
 from fedpeft.process import durable
+from fedpeft_server.backups import folders
 from fedpeft_server.backups.manifest import Copied, Manifest
 from fedpeft_server.checks import database as checked_database
 from fedpeft_server.checks.data import database_url
@@ -201,13 +202,14 @@ def back_up(settings: Settings, to: Path) -> Manifest:
         to: The folder; must not be there, or be empty.
 
     Raises:
-        StateInvalid: If it is there, or something cannot be read.
+        StateInvalid: If it is there, its place will not do, or something cannot be read.
         DiskFull: If there is no room.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise StateInvalid(f"--to {to} is there already; name a new folder for each backup")
     if not settings.data_dir.is_dir():
         raise StateInvalid(f"--data-dir {settings.data_dir}: there is no such folder")
+    folders.check_new("--to", to, settings.data_dir)
     with (
         durable.refusals(f"making the backup {to}"),
         durable.scratch(settings.data_dir / "backup") as pins,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedpeft.errors import StateInvalid
 from fedpeft.process import durable
-from fedpeft_server.backups import manifest
+from fedpeft_server.backups import folders, manifest
 from fedpeft_server.backups.manifest import Manifest
 
 
@@ -19,7 +19,8 @@ def put_back(backup: Path, to: Path) -> Manifest:
         to: The data folder; must not be there, or be empty.
 
     Raises:
-        StateInvalid: If the backup was interrupted or is damaged, or the data folder is not empty.
+        StateInvalid: If the backup was interrupted or is damaged, the data folder is not empty, or its place
+            will not do.
         DiskFull: If there is no room.
     """
     found = manifest.read(backup)
@@ -27,6 +28,7 @@ def put_back(backup: Path, to: Path) -> Manifest:
         raise StateInvalid(
             f"--data-dir {to} is not empty, and nothing is overwritten; move it away, or name a new folder"
         )
+    folders.check_new("--data-dir", to, backup)
     with durable.refusals(f"restoring {backup} to {to}"), durable.folder(to) as made:
         made.chmod(0o700)
         for path, copied in sorted(found.files.items()):

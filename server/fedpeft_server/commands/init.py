@@ -31,7 +31,6 @@ PORT = 7070
 OPERATOR_LIFE = timedelta(days=90)
 LOCAL = ("localhost", "127.0.0.1", "::1")
 """Under these names the server is reached on its own machine."""
-_EVERY_ADDRESS = ("0.0.0.0", "::")
 
 
 def main(arguments: list[str]) -> int:
@@ -131,7 +130,7 @@ def _check(host: str) -> None:
         check_host(host)
     except IdentityInvalid as error:
         raise SettingsInvalid(f"--host: {error.message}") from None
-    if host in _EVERY_ADDRESS:
+    if Address(host, PORT).is_every:
         raise SettingsInvalid(
             f"--host {host} is every address of this machine, which only --listen takes; --host is the name or address "
             "by which clients call it"
@@ -224,7 +223,8 @@ def _operator(files: Files, subject: Subject, into: Path, server: Address, hosts
             _say(str(subject), "kept", there.certificate, into)
             return
     key = folder.take_key(into)
-    certificate = authority.issue(subject, key.public_key(), OPERATOR_LIFE)
+    now = datetime.now(UTC)  # of the machine that checks it, so it need not begin earlier: a revocation may be recent
+    certificate = authority.issue(subject, key.public_key(), OPERATOR_LIFE, now, after=now - timedelta(seconds=1))
     folder.write(into, str(server), trusted, [certificate])
     _say(str(subject), "made", certificate, into)
     if into == folder.personal():

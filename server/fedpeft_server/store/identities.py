@@ -170,11 +170,7 @@ class Identities:
         with self._transactions.begin(audit_event) as connection:
             known = access.select_identity(connection, subject)
             if not unseen and known is None:
-                raise IdentityNotFound(
-                    f"nobody was enrolled as {subject}, and nobody of that role and name has called with a "
-                    "certificate, which plain text has not; check both, or set `unseen` to refuse it before "
-                    "it does"
-                )
+                raise _nobody(connection, subject)
             access.delete_tokens_of(connection, subject)
             if known is None or not known.is_revoked:  # the first time and reason count, however often it is repeated
                 access.put_revoked(connection, subject, at, reason)
@@ -228,6 +224,18 @@ def _check(token: TokenRow, key_sha256: str, now: float) -> None:
             "the enrolment token was used by another key; ask for another, and if nobody here used it have "
             f"{token.subject} revoked"
         )
+
+
+def _nobody(connection: Connection, subject: Subject) -> IdentityNotFound:
+    others = [Subject(role, subject.name) for role in Role if role is not subject.role]
+    if known := [str(other) for other in others if access.select_identity(connection, other)]:
+        remedy = f"there is {' and '.join(known)}: name that role"
+    else:
+        remedy = "check both"
+    return IdentityNotFound(
+        f"nobody was enrolled as {subject}, and nobody of that role and name has called with a certificate (calls in "
+        f"plain text have none); {remedy}, or refuse it before it is enrolled or calls: `unseen` (--unseen)"
+    )
 
 
 def _refuse_new_option(connection: Connection, subject: Subject) -> None:

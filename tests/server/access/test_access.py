@@ -436,3 +436,25 @@ def test_the_last_port_has_none_after_it(made: Path) -> None:
     assert Settings.read([*last, "--enroll", "127.0.0.1:7071"]).enroll_address == "127.0.0.1:7071"
     (made / "identity" / "authority.key").unlink()
     assert Settings.read(last).listen == "127.0.0.1:65535", "where nobody enrolls no second port is taken"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--listen", "127.0.0.1:7170", "--metrics", "0.0.0.0:7170"], "--listen .* and --metrics .* are one port"),
+        (["--metrics", "[::]:7071", "--enroll", "127.0.0.1:7071"], "--metrics .* and --enroll .* are one port"),
+        (["--max-clients", "x"], r"unable to parse string as an integer \(got 'x'\)"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path: Path, flags: list[str], said: str) -> None:
+    with pytest.raises(SettingsInvalid, match=said):
+        Settings.read(["--data-dir", str(tmp_path), *flags])
+
+
+def test_ports_of_one_number_may_be_of_two_addresses(tmp_path: Path, made: Path) -> None:
+    flags = ["--listen", "127.0.0.1:7170", "--metrics", "127.0.0.2:7170", "--enroll", "127.0.0.1:0"]
+    assert Settings.read(["--data-dir", str(tmp_path), *flags]).metrics == "127.0.0.2:7170"
+    metrics = ["--metrics", "127.0.0.1:7071"]
+    assert Settings.read(["--data-dir", str(tmp_path), *metrics])
+    with pytest.raises(SettingsInvalid, match=r"--metrics .*:7071 and --enroll .*:7071 are one port"):
+        Settings.read(["--data-dir", str(made), *metrics])

@@ -208,14 +208,17 @@ async def test_a_revoked_one_is_refused_at_its_next_message(
         and "were revoked; ask another operator for a new enrolment token, and enroll anew with it" in refused.err
     )
     nobody = await fedpeft("client", "revoke", "nobody")
-    assert nobody.code == 4
+    assert nobody.code == 4 and "or refuse it before it is enrolled or calls: `unseen` (--unseen)" in nobody.err
+    other_role = await fedpeft("client", "revoke", "ada")
+    assert other_role.code == 4 and "there is operator ada: name that role" in other_role.err
     itself = await fedpeft("client", "revoke", "ada", "--role", "operator")
     assert itself.code == 1
 
     restored = await fedpeft("identity", "restore", "eve", "--role", "operator")
     assert restored.out.startswith("operator eve is admitted again, with a certificate issued after 20")
     early = await fedpeft("run", "list", identity=tmp_path / "eve")
-    assert early.code == 1 and "that begin before" in early.err
+    assert early.code == 1 and "that begin before" in early.err and "and this one begins at 20" in early.err
+    assert "ask another operator for a new enrolment token" in early.err
     assert "not revoked" in (await fedpeft("identity", "restore", "ada", "--role", "operator")).out
     unseen = await fedpeft("client", "revoke", "bo", "--role", "operator", "--unseen", "--json")
     assert json.loads(unseen.out)["revoked_at"]

@@ -195,6 +195,30 @@ class TestRefusals:
         assert not [name for name in os.listdir(tmp_path) if name.endswith(".new")], "nothing is left of it"
 
 
+def test_a_place_that_will_not_do_is_refused(tmp_path: Path) -> None:
+    data, copy = tmp_path / "data", tmp_path / "copy"
+    data.mkdir()
+    with pytest.raises(StateInvalid, match=r"^--to .*data/copy is in .*data, and would be lost with it"):
+        back_up(data, data / "copy")
+    with pytest.raises(StateInvalid, match=r"^--to .*gone/copy: the folder .*gone is not there; make it"):
+        back_up(data, tmp_path / "gone" / "copy")
+    copy.mkdir()
+    manifest.Manifest(0.0, "1", {}).write(copy)
+    (tmp_path / "link").symlink_to(copy)
+    with pytest.raises(StateInvalid, match=r"^--data-dir .*link/in is in .*copy, and would be lost with it"):
+        put_back(copy, tmp_path / "link" / "in")
+    assert list(copy.iterdir()) == [copy / NAME] and not list(data.iterdir())
+
+
+async def test_a_backup_is_not_served(start: StartDaemon, tmp_path: Path) -> None:
+    await (await start(tmp_path / "data")).end()
+    assert await asyncio.to_thread(back_up, tmp_path / "data", tmp_path / "copy") == 0
+    before = tree(tmp_path / "copy")
+    with pytest.raises(StateInvalid, match=r"copy is a backup .*`fedpeft-server restore`, and serve that"):
+        await start(tmp_path / "copy")
+    assert tree(tmp_path / "copy") == before
+
+
 async def test_an_interrupted_backup_has_not_its_name(
     start: StartDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,13 @@ def test_a_pattern_of_names_may_follow_the_name(tmp_path: Path) -> None:
     assert Identity.load(tmp_path / "me").server == "fed.example.org:7070"
 
 
+def test_an_operators_certificate_begins_after_a_revocation_of_the_second_before(tmp_path: Path) -> None:
+    before = datetime.now(UTC)
+    init.main(["--data-dir", str(tmp_path), "--operator", "ada", "--operator-identity", str(tmp_path / "me")])
+    begins = certificates.load(folder.certificate_path(tmp_path / "me"))[0].not_valid_before_utc
+    assert before - timedelta(seconds=1) < begins <= datetime.now(UTC)
+
+
 def test_what_was_made_while_the_clock_was_ahead_is_made_anew(tmp_path: Path) -> None:
     arguments = ["--data-dir", str(tmp_path), "--operator", "ada", "--operator-identity", str(tmp_path / "me")]
     init.main(arguments)

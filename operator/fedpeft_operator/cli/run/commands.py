@@ -88,7 +88,8 @@ def stop(context: typer.Context, run: Id, reason: Reason = "", as_json: AsJson =
     "rollback",
     epilog=epilog(
         "fedpeft run rollback run-0a1b2c3d4e5f --to 12 --reason 'poisoned in round 13'",
-        hint="Nothing is removed: the earlier version's tensors become a new version, and run verify checks it.",
+        hint="Nothing is removed: the earlier version's tensors become a new version, and run verify checks it. It "
+        "takes the place of a round: in the last one it completes the run.",
         ends=OF_NAMED,
     ),
 )
@@ -106,7 +107,8 @@ def rollback(
     if as_json:
         output.say_json(row)
     else:
-        output.say(f"{run} is {row['state']} at version {row['version']}, which has the tensors of version {to}")
+        last = ": it was the last one" if row["version"] == row["rounds"] else ""
+        output.say(f"{run} is {row['state']} at version {row['version']}, which has the tensors of version {to}{last}")
 
 
 async def _rolled_back(session: Session, run: str, to: int, reason: str) -> run_pb2.Run:

@@ -44,9 +44,10 @@ def create(
     """Create a run from a run file: builds the model and uploads adapter version 0."""
     from fedpeft.config import faults_in, load_run_file
 
-    config = load_run_file(file, override_of(settings, seed))
+    override = override_of(settings, seed)
+    config = load_run_file(file, override)
     check_needed(config.model, weights)
-    with faults_in(file):
+    with faults_in(file, override):
         if check:
             _check(file, config, weights, as_json)
             return

@@ -52,11 +52,11 @@ def simulate(
     """
     require("train", "torch", "timm", "pyarrow")
     from fedpeft.config import faults_in
-    from fedpeft.config.overrides import merged
+    from fedpeft.config.overrides import joined
 
     note = output.note if not as_json else lambda _: None
     placed = {} if engine is None else {"simulation": {"engine": engine}}
-    override = merged(override_of(settings, seed), placed)
+    override = joined(override_of(settings, seed), placed)
     config = start.config_of(file, override, None if label_map else data, image_column, label_column)
     check_needed(config.model, weights)
     note(f"{config.name}: {start.plan(config)}; loading PyTorch and {data} ...")
@@ -69,7 +69,7 @@ def simulate(
     clients, partition = simulation.clients_of(data, config, reading)
     note(f"{start.division(clients, partition)}; building the model, {start.weights(config, weights)}, on {device} ...")
     progress = Progress(config.rounds.count, resumable=simulation.is_resumable(config), quiet=as_json)
-    with faults_in(file), _interruptible(out, progress):
+    with faults_in(file, override), _interruptible(out, progress):
         report = simulation.simulate(
             config,
             clients,
