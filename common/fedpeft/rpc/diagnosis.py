@@ -110,8 +110,8 @@ def _plain(probe: ConnectionProbe) -> None:
     if first[:2] == b"\x15\x03" or (not first and probe.peer_certificate()):
         raise SpeaksTls(
             f"the server at {probe.server} speaks TLS and this side has no certificate: ask its operator for a token "
-            "and enroll, or name the folder of its identity with --identity (none is used for another HOST:PORT "
-            "unnamed)"
+            "and enroll, or name the folder of its identity with --identity (the identity of this user is used "
+            "unnamed only for the HOST:PORT that stands in it)"
         )
     probe.judge(first)
 

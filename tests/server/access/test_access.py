@@ -455,6 +455,6 @@ def test_ports_of_one_number_may_be_of_two_addresses(tmp_path: Path, made: Path)
     flags = ["--listen", "127.0.0.1:7170", "--metrics", "127.0.0.2:7170", "--enroll", "127.0.0.1:0"]
     assert Settings.read(["--data-dir", str(tmp_path), *flags]).metrics == "127.0.0.2:7170"
     metrics = ["--metrics", "127.0.0.1:7071"]
-    assert Settings.read(["--data-dir", str(tmp_path), *metrics])
+    assert Settings.read(["--data-dir", str(tmp_path / "plain"), *metrics])
     with pytest.raises(SettingsInvalid, match=r"--metrics .*:7071 and --enroll .*:7071 are one port"):
         Settings.read(["--data-dir", str(made), *metrics])
