@@ -68,6 +68,7 @@ def main() -> None:
         keep_memory()
         asyncio.run(run(settings, TIMING))
     except KeyboardInterrupt:  # before the daemon itself looks after its signals
+        note("fedpeft-server: interrupted")
         sys.exit(130)
     except (SettingsInvalid, StateInvalid, IdentityInvalid) as error:
         sys.exit(_fail(error, 2))

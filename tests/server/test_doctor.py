@@ -21,10 +21,12 @@ from fedpeft.identity import folder, keys
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.subject import Role, Subject
 from fedpeft.process.mounts import Mount
+from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_operator.app import main
 from fedpeft_operator.doctor import client_side, disk, findings, network, server_side, versions
 from fedpeft_operator.doctor.checks import examine
 from fedpeft_operator.doctor.findings import Finding, Level, Setup
+from fedpeft_operator.doctor.server_state import NAMED
 from fedpeft_server.commands import init
 
 from .conftest import StartDaemon, free_port
@@ -93,6 +95,22 @@ async def test_a_server_that_runs_and_whoever_calls_it_are_well(secured: Federat
 async def test_plain_text_on_this_machine_is_well(start: StartDaemon) -> None:
     daemon = await start()
     assert await asyncio.to_thread(bad, Setup(server=daemon.server.settings.listen)) == []
+
+
+async def test_paused_runs_and_full_disks_of_a_running_server_are_said(start: StartDaemon, tmp_path: Path) -> None:
+    daemon = await start(tmp_path / "data", min_free_bytes=0)
+    server = Setup(server=daemon.server.settings.listen)
+    runs = [(await daemon.create(request_id=str(number))).id for number in range(NAMED + 2)]
+    for number, run in enumerate(runs):
+        await daemon.operator.PauseRun(op.PauseRunRequest(run=run, reason=f"reason {number}"))
+    found = await asyncio.to_thread(bad, server)
+    assert [finding.check for finding in found] == ["runs"] * (NAMED + 1)
+    assert found[0].said == f"{runs[0]} (run) is paused: reason 0" and found[0].cure.startswith("fedpeft run resume")
+    assert found[-1].said == "2 more runs are paused"
+    await daemon.end()
+    daemon = await start(tmp_path / "data", min_free_bytes=2**62)
+    found = await asyncio.to_thread(bad, Setup(server=daemon.server.settings.listen))
+    assert found[0].check == "server disk" and "uploads and new runs are refused" in found[0].said
 
 
 # Identity and network

@@ -53,7 +53,7 @@ def failing(method: Callable[..., Any], kind: Kind = anything, times: int = 1) -
         nonlocal left
         if left and kind(args[0]):
             left -= 1
-            raise DiskFull("no room")
+            raise DiskFull("there is no room; free some space")
         return method(*args)
 
     return transaction
@@ -248,7 +248,7 @@ async def test_a_commit_that_could_not_be_written_pauses_the_run_and_a_resume_re
         db.transit = failing(db.transit, lambda made: of_run(made) and not commits(made))  # type: ignore[method-assign]
     await a.push(task.ticket, filled(1.0))
     paused = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
-    assert "make room and resume the run" in paused.reason
+    assert "free some space; then resume the run" in paused.reason
     await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
     await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
 
@@ -265,7 +265,7 @@ async def test_a_fold_that_finds_the_disk_full_says_so_and_a_resume_repeats_it(
         await a.push(task.ticket, filled(1.0))
         paused = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
     assert "folding round 1 of" in paused.reason and "no room" in paused.reason
-    assert "make room and resume the run" in paused.reason
+    assert "free some space; then resume the run" in paused.reason
     await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
     await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_COMPLETED)
 

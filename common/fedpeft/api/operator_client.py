@@ -128,6 +128,10 @@ class OperatorClient(AccessCalls, RelayCalls):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes the connection; for one that was not entered, so that its identity is not renewed."""
         await self._channel.close()
 
     @property

@@ -11,6 +11,7 @@ from fedpeft_operator.doctor.findings import Finding, Setup, fault
 from fedpeft_operator.doctor.identities import check_identity, check_server_certificates
 from fedpeft_operator.doctor.network import check_network
 from fedpeft_operator.doctor.server_side import check_database, check_limits, check_ports
+from fedpeft_operator.doctor.server_state import check_server_state
 from fedpeft_operator.doctor.versions import check_versions
 
 Check = Callable[[Setup], Iterator[Finding]]
@@ -20,6 +21,7 @@ CHECKS: dict[str, Check] = {
     "identity": check_identity,
     "certificates": check_server_certificates,
     "server": check_network,
+    "server's state": check_server_state,
     "disk": check_disks,
     "open files": check_limits,
     "database": check_database,

@@ -27,17 +27,29 @@ _SERVING = b"\x08\x01"
 """HealthCheckResponse{status: SERVING}, whose module only the server needs to have installed."""
 
 
-def check_network(setup: Setup) -> Iterator[Finding]:
-    """Makes a connection as a command or a client would, and asks whether the server is well, and what time it has."""
+def called(setup: Setup) -> tuple[str, Identity | None] | None:
+    """Returns the server that is called, and with which identity; None if there is none that can be called.
+
+    Raises:
+        ValueError: If the server's address is not HOST:PORT.
+    """
     try:
         folder = setup.identity_folder
         identity = None if folder is None else Identity.load(folder)
     except IdentityInvalid:
-        return  # said where the identity is looked at
+        return None  # said where the identity is looked at
     server = setup.server or (identity.server if identity else None)
     if server is None or (identity and identity.certificate.not_valid_after_utc < datetime.now(UTC)):  # likewise
-        return
+        return None
     Address.parse(server)
+    return server, identity
+
+
+def check_network(setup: Setup) -> Iterator[Finding]:
+    """Makes a connection as a command or a client would, and asks whether the server is well, and what time it has."""
+    if (called_so := called(setup)) is None:
+        return
+    server, identity = called_so
     found = diagnose(server, Trust.of(identity) if identity else None)
     if found is not None:
         sentence, _, cure = str(found).partition(": ")

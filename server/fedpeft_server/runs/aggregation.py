@@ -76,7 +76,7 @@ def way_back(run: RunRow) -> str:
 def _advice(error: Exception, run: RunRow) -> str:
     """Returns advice to operators about an error that keeps a round from being folded."""
     if isinstance(error, DiskFull):
-        return "make room and resume the run"
+        return "then resume the run"
     if isinstance(error, BlobCorrupt):
         return f"then resume the run, or {way_back(run)}"
     return "see the log, then resume the run"

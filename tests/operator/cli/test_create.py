@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +56,17 @@ def run_file(folder: Path, method: str = "bias", extra: str = "") -> Path:
     path = folder / "run.toml"
     path.write_text(RUN_FILE.format(method=method) + extra)
     return path
+
+
+def test_ctrl_c_says_where_to_look(served: Serving, tmp_path: Path) -> None:
+    create = ["--server", served.address, "run", "create", str(run_file(tmp_path))]
+    command = [sys.executable, "-m", "fedpeft_operator.app", *create]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as creating:
+        assert creating.stderr is not None and creating.stderr.readline() == "building the model ...\n"
+        creating.send_signal(signal.SIGINT)
+        out, err = creating.communicate(timeout=60)
+    said = "fedpeft: interrupted; `fedpeft run list` says whether the run was created\n"
+    assert (creating.returncode, out, err) == (130, "", said)
 
 
 def test_flags_stand_in_place_of_fields_of_the_file(

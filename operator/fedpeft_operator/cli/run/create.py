@@ -11,6 +11,7 @@ from fedpeft.api import views
 from fedpeft.formatting import counted
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import OF_SERVER, epilog
+from fedpeft_operator.cli.exit_codes import Exit
 from fedpeft_operator.cli.overrides import Seed, Settings, override_of
 from fedpeft_operator.cli.session import Session, require, run_async, session_of
 from fedpeft_operator.cli.weights import Weights, check_needed
@@ -51,7 +52,11 @@ def create(
         if check:
             _check(file, config, weights, as_json)
             return
-        run = run_async(created(session_of(context), config, weights))
+        try:
+            run = run_async(created(session_of(context), config, weights))
+        except KeyboardInterrupt:
+            output.note("fedpeft: interrupted; `fedpeft run list` says whether the run was created")
+            raise typer.Exit(Exit.INTERRUPTED) from None
     if as_json:
         output.say_json(views.run_row(run) | {"backbone_fingerprint": run.backbone_fingerprint})
     else:
