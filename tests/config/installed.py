@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from ..programs import run_program
 
 LINE = """
 import numpy as np
@@ -45,14 +44,7 @@ def install(folder: Path, name: str, source: str, points: str) -> None:
 
 def run(folder: Path, code: str) -> dict[str, Any]:
     """Runs a program, whose argument is the folder, with its packages installed; returns the JSON of its last line."""
-    path = os.pathsep.join((str(folder), os.environ.get("PYTHONPATH", "")))
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_program(folder, code, str(folder))
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -1,17 +1,23 @@
 """The worked examples of CONTRIBUTING.md work: each file, put where the page says, is found and passes its test."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from ..programs import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "CONTRIBUTING.md"
 BLOCKS = dict(re.findall(r"^```python\n# (\S+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S))
 FILES = sorted(path for path in BLOCKS if path.startswith("common/"))
 
+RUN_PYTEST = """
+import os, sys, pytest
+
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # one of the others is imported already, and cannot be rewritten
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 CONFTEST = """
 import importlib
 
@@ -36,12 +42,7 @@ def test_example(path: str, tmp_path: Path) -> None:
     )
     test = BLOCKS[f"tests/{package.name}/test_{Path(path).name}"]
     (tmp_path / "test_example.py").write_text(test, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
-    done = subprocess.run(
-        [*command, "--rootdir", str(tmp_path), str(tmp_path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    plugins = ["-p", "no:cacheprovider", "-p", "pytest_asyncio.plugin", "-p", "pytest_timeout"]
+    flags = ["-q", *plugins, "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
+    done = run_program(tmp_path, RUN_PYTEST, *flags, str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -18,6 +18,7 @@ if _folder and sys.orig_argv[1:2] == ["-m"]:
         "fedpeft.simulation.worker",
         "fedpeft_server",
         "fedpeft_operator.app",
+        "fedpeft_tests_program",
     }
     if _module in _forked and not (_module == "fedpeft_operator.app" and "top" in _arguments):
         from fedpeft_tests_launcher import launch

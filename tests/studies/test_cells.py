@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from fedpeft.studies.study_file import load_study
 
 from ..data.hub_cache import HubCache
 from ..data.test_sources import table
+from ..programs import run_program
 from .study_texts import STUDY, pets, study_file
 
 DEFAULTS = Path(__file__).with_name("defaults.json")
@@ -234,7 +233,7 @@ for file in map(Path, sys.argv[2:]):
 """
 
 
-def test_results_that_are_kept_are_found_again_by_their_names():
+def test_results_that_are_kept_are_found_again_by_their_names(tmp_path):
     """In processes of their own: what a study imports stays registered."""
     by_imports: dict[str, list[Path]] = {}
     for file in sorted(RESULTS.glob("*/cells/*/cell.json")):
@@ -243,9 +242,8 @@ def test_results_that_are_kept_are_found_again_by_their_names():
         by_imports.setdefault(modules, []).append(file)
     assert sum(map(len, by_imports.values())) > 40
     for modules, kept in by_imports.items():
-        command = [sys.executable, "-c", NAMES, modules, *map(str, kept)]
-        named = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        assert named == [file.parent.name for file in kept]
+        done = run_program(tmp_path, NAMES, modules, *map(str, kept))
+        assert done.stdout.split() == [file.parent.name for file in kept], done.stderr
 
 
 def test_the_defaults_that_names_of_cells_leave_out_are_those_of_their_format():

@@ -1,8 +1,6 @@
 """A client's round as a value: the same bits wherever it is computed, and state for either outcome."""
 
 import pickle
-import subprocess
-import sys
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -20,6 +18,7 @@ from fedpeft.rounds.local_job import LocalJob, Version
 from fedpeft.training.local_round import load_run
 
 from ..outside_package import PRIVATE_HEAD, install
+from ..programs import run_program
 from .test_loop import CLASSES, write_images
 
 RUN = parse_config(
@@ -41,10 +40,10 @@ import pickle, sys, torch
 torch.set_num_threads(1)
 from fedpeft.models.tasks import task_of
 from fedpeft.training.local_round import load_run
-config, data, job = pickle.load(sys.stdin.buffer)
+config, data, job = pickle.load(open(sys.argv[1], "rb"))
 run = load_run(config, task_of(""), None, torch.device("cpu"))
 update = run.train(job, run.dataset(run.task.read(data), {}))
-pickle.dump(update, sys.stdout.buffer)
+pickle.dump(update, open(sys.argv[2], "wb"))
 """
 
 
@@ -78,10 +77,11 @@ def test_another_process_makes_the_same_bits_of_a_pickled_job(tmp_path, monkeypa
     first = run.train(job, dataset)
     job = replace(job, round=4, state=first.if_not)  # a late client: all of its update is in the residual
     here = run.train(job, dataset)
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE], input=pickle.dumps((config, data, job)), stdout=subprocess.PIPE, check=True
-    )
-    there = pickle.loads(done.stdout)
+    given, made = tmp_path / "given", tmp_path / "made"
+    given.write_bytes(pickle.dumps((config, data, job)))
+    done = run_program(tmp_path, ELSEWHERE, str(given), str(made))
+    assert done.returncode == 0, done.stderr
+    there = pickle.loads(made.read_bytes())
     assert there.prepared.payload == here.prepared.payload
     assert (there.client, there.prepared.manifest, there.facts) == ("site-a", here.prepared.manifest, here.facts)
     assert same_groups(there.if_counted, here.if_counted) and same_groups(there.if_not, here.if_not)
