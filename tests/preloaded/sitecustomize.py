@@ -9,18 +9,27 @@ nothing happens.
 import os
 import sys
 
+FORKED = {
+    "fedpeft_client",
+    "fedpeft_client.worker.process",
+    "fedpeft.simulation.worker",
+    "fedpeft_server",
+    "fedpeft_operator.app",
+    "fedpeft_tests_program",  # a program of a test
+}
+"""Modules that are run with `python -m`."""
+SCRIPTS = {"fedpeft": "fedpeft_operator.app", "fedpeft-server": "fedpeft_server", "fedpeft-client": "fedpeft_client"}
+"""What the installed commands run."""
+
 _folder = os.environ.get("FEDPEFT_TESTS_PRELOADED")
-if _folder and sys.orig_argv[1:2] == ["-m"]:
-    _module, _arguments = sys.orig_argv[2], sys.orig_argv[3:]
-    _forked = {
-        "fedpeft_client",
-        "fedpeft_client.worker.process",
-        "fedpeft.simulation.worker",
-        "fedpeft_server",
-        "fedpeft_operator.app",
-        "fedpeft_tests_program",
-    }
-    if _module in _forked and not (_module == "fedpeft_operator.app" and "top" in _arguments):
+if _folder and len(sys.orig_argv) > 1:
+    _, _first, *_arguments = sys.orig_argv
+    if _first == "-m" and _arguments:
+        _module, *_arguments = _arguments
+    else:
+        _directory, _name = os.path.split(_first)
+        _module = SCRIPTS.get(_name, "") if _directory == os.path.dirname(sys.executable) else ""
+    if _module in FORKED and not (_module == "fedpeft_operator.app" and "top" in _arguments):
         from fedpeft_tests_launcher import launch
 
         launch(_folder, _module, _arguments)

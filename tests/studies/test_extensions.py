@@ -17,6 +17,7 @@ from fedpeft.peft.method import methods
 from fedpeft.studies.cells import Machine, cells_of
 from fedpeft.studies.study_file import load_study
 
+from ..conftest import preloaded_environment
 from .study_texts import STUDY, pets, study_file
 
 FAULTS = Path(__file__).parents[2] / "experiments" / "faults"
@@ -170,7 +171,8 @@ def test_the_command_imports_for_the_processes_of_its_cells(tmp_path):
         ),
         *("--scale", "one", "--device", "cpu"),
     ]
-    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FEDPEFT_IMPORT": ""})
+    environment = {**os.environ, **preloaded_environment(), "FEDPEFT_IMPORT": ""}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert "6 cells of 6 with results" in ended.stdout
     kept = json.loads(next((tmp_path / "out" / "cells").glob("*/cell.json")).read_text())
