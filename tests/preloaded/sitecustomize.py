@@ -19,7 +19,7 @@ FORKED = {
 }
 """Modules that are run with `python -m`."""
 SCRIPTS = {"fedpeft": "fedpeft_operator.app", "fedpeft-server": "fedpeft_server", "fedpeft-client": "fedpeft_client"}
-"""What the installed commands run."""
+"""Modules that the installed commands run."""
 
 _folder = os.environ.get("FEDPEFT_TESTS_PRELOADED")
 if _folder and len(sys.orig_argv) > 1:
