@@ -43,7 +43,7 @@ from fedpeft_server.rpc.access import Access, Addresses
 from fedpeft_server.rpc.caller_log import CallerLog
 from fedpeft_server.rpc.federation import Federation
 from fedpeft_server.rpc.health import Health
-from fedpeft_server.rpc.interceptors import Gate
+from fedpeft_server.rpc.interceptors import AdmissionInterceptor
 from fedpeft_server.rpc.operator import Operator
 from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.participation import Participation
@@ -103,7 +103,7 @@ class Parts:
         refresh: Keeps them those of their files.
         admission: Decides over calls.
         caller_log: Log lines about calls.
-        gate: Stands in front of every handler.
+        interceptor: Stands in front of every handler.
         health: Answers health checks.
         ports: The bound ports.
         runs: The runs.
@@ -126,7 +126,7 @@ class Parts:
     refresh: CertificateRefresh
     admission: Admission
     caller_log: CallerLog
-    gate: Gate
+    interceptor: AdmissionInterceptor
     health: Health
     ports: Ports
     runs: Runs
@@ -158,7 +158,7 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
     sessions = Sessions(await store.transact(store.db.clients), settings.max_clients, timing, store.clock.time)
     stack.push_async_callback(_write_last_activity, byte_counter, sessions, store)
     admission = await _admission(store, own, sessions, timing)
-    gate = Gate(admission, metrics, byte_counter, caller_log)
+    interceptor = AdmissionInterceptor(admission, metrics, byte_counter, caller_log)
     limit = settings.max_transfers
     participation = Participation(await store.transact(store.db.answers))
     uploads = Uploads(store, byte_counter, settings.max_update_bytes, limit, participation.examples, timing)
@@ -166,7 +166,7 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
     progress = ProgressWatch(store, metrics, sessions.last_activity, uploads.has, timing)
     known = await store.transact(store.db.standings)
     runs = Runs(store, byte_counter, metrics, background, progress, participation, known, timing, _retention(settings))
-    ports = _bind(settings, own, gate, health, metrics, timing, stack)  # after all that may fail
+    ports = _bind(settings, own, interceptor, health, metrics, timing, stack)  # after all that may fail
     refresh = CertificateRefresh(own, store, metrics, ports.enrolment.renewed if ports.enrolment else _nothing)
     stack.push_async_callback(runs.close)
     stack.push_async_callback(background.close)  # before the runs, for it may begin a round
@@ -193,7 +193,7 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
         refresh=refresh,
         admission=admission,
         caller_log=caller_log,
-        gate=gate,
+        interceptor=interceptor,
         health=health,
         ports=ports,
         runs=runs,
@@ -281,7 +281,7 @@ async def _certificates(settings: Settings, store: Store) -> ServerCertificates 
 def _bind(
     settings: Settings,
     own: ServerCertificates | None,
-    gate: Gate,
+    interceptor: AdmissionInterceptor,
     health: Health,
     metrics: Metrics,
     timing: Timing,
@@ -291,8 +291,8 @@ def _bind(
 
     Those of gRPC come last: it frees a port only of a server that was started.
     """
-    listening = grpc.aio.server(interceptors=[gate], options=connections.options(bounds.MAIN))
-    enrolling = grpc.aio.server(interceptors=[gate], options=connections.options(bounds.FORWARDED))
+    listening = grpc.aio.server(interceptors=[interceptor], options=connections.options(bounds.MAIN))
+    enrolling = grpc.aio.server(interceptors=[interceptor], options=connections.options(bounds.FORWARDED))
     if settings.metrics:
         where = Address.parse(settings.metrics, free=True)
         exporter = metrics.serve(where.host, where.port)

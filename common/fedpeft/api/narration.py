@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedpeft import formatting
 from fedpeft.api import views
+from fedpeft.rounds.metric_values import ROLLED_BACK_TO
 from fedpeft.v1 import run_pb2
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def decline_line(decline: run_pb2.Decline) -> str:
 
 def committed_line(round_: run_pb2.Round, run: run_pb2.Run) -> str:
     """Returns what came of a round, and what it cost."""
-    if (to := round_.metrics.get(views.ROLLED_BACK_TO)) is not None:
+    if (to := round_.metrics.get(ROLLED_BACK_TO)) is not None:
         return f"round {round_.number} rolled the run back to version {to:.0f}; no update was folded"
     clients, seconds = views.counted(round_), views.seconds(round_)
     full = views.full_bytes(run, len(clients))

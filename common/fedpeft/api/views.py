@@ -23,8 +23,6 @@ BYTES_PER_PARAMETER = 4
 """Float32: what a parameter costs one way where nothing is encoded."""
 
 Json = dict[str, Any]
-ROLLED_BACK_TO = "rolled_back_to"
-"""The metric of a round that folded nothing: the version whose tensors it has."""
 
 
 def state(run: run_pb2.Run) -> str:

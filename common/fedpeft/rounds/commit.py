@@ -30,6 +30,7 @@ from fedpeft.process.mapped_files import releaser
 from fedpeft.rounds.acceptance import norm_of
 from fedpeft.rounds.folding.contributions import Contribution, Overflow
 from fedpeft.rounds.folding.fold import State, fold_sums, fold_tensors
+from fedpeft.rounds.metric_values import ROLLED_BACK_TO
 from fedpeft.rounds.policies import policy_of
 from fedpeft.rounds.record import Contributed, Excluded, Record, digest
 from fedpeft.rounds.screening import FACTOR, Extent, NormBound, bound, local_steps, median
@@ -418,7 +419,7 @@ def roll_back(
         rolled_back_to=to,
         sections=header.spec.sections,
     ).to_json()
-    figures = {"rolled_back_to": float(to)} | ({} if epsilon is None else {EPSILON: epsilon})
+    figures = {ROLLED_BACK_TO: float(to)} | ({} if epsilon is None else {EPSILON: epsilon})
     return Outcome(adapter, state_sha256, {}, record, digest(record), figures, {}, Extent(0.0, 0.0))
 
 

@@ -20,6 +20,9 @@ MAX_NAME_BYTES = 128
 FAULTS_NAMED = 16
 """Most figures that a refusal names: there may be thousands."""
 
+ROLLED_BACK_TO = "rolled_back_to"
+"""Figure of a round that folded nothing: the version whose tensors it has."""
+
 SHARE = (0.0, 1.0)
 LOSS = (0.0, 1e6)
 COUNTED = (0.0, float(2**32))

@@ -66,7 +66,7 @@ from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
 GATHER_S = 60.0
 """A quorum that waits for so long need not wait for more clients; before the first round, while people start the sites,
 for as long as a round's deadline if that is longer."""
-ROLLED_BACK = "the run was rolled back to version"
+ROLLBACK_REASON = "the run was rolled back to version"
 """The first words of the reason of tickets that a rollback discards."""
 
 
@@ -419,7 +419,7 @@ def _lost(state: Round, reasons: Mapping[str, str], config: RoundsConfig, now: f
 def _rolled_back(state: Round, to: int) -> Step:
     if state.phase is Phase.COMMITTED:
         return state, ()
-    reason = f"{ROLLED_BACK} {to}; updates of the round in progress are discarded"
+    reason = f"{ROLLBACK_REASON} {to}; updates of the round in progress are discarded"
     open_ = (TicketState.ISSUED, TicketState.RECEIVED)
     tickets = Tickets(
         replace(t, state=TicketState.REFUSED, reason=reason) if t.state in open_ else t for t in state.tickets

@@ -14,7 +14,7 @@ from enum import StrEnum
 from fedpeft.identity.subject import Role
 from fedpeft.process.metrics_port import Limits
 from fedpeft.rpc.wire import MESSAGE_LIMIT_BYTES
-from fedpeft_server.access.rights import Right
+from fedpeft_server.access.rights import CallerRole
 
 KIB = 1024
 
@@ -166,7 +166,7 @@ CALLS: Mapping[str, CallBound] = {
 _PEOPLE = CallerBound(Rate(200, 2000), under_way=512)
 _DEVICES = CallerBound(Rate(50, 1000), under_way=32)
 
-CALLERS: Mapping[Right, CallerBound] = {
+CALLERS: Mapping[CallerRole, CallerBound] = {
     Role.OPERATOR: _PEOPLE,
     Role.VIEWER: _PEOPLE,
     Role.CLIENT: _DEVICES,

@@ -61,16 +61,16 @@ class Party:
     """The caller, or callers, whose calls a bound counts together.
 
     Attributes:
-        right: Its role; None for a stranger.
+        role: Of the caller; None for a stranger.
         name: Its name within the role; the address of a stranger.
     """
 
-    right: Role | None
+    role: Role | None
     name: str
 
     def __str__(self) -> str:
         """Names it in a message to itself."""
-        return f"{self.right} {self.name}" if self.right else f"a device at {self.name}"
+        return f"{self.role} {self.name}" if self.role else f"a device at {self.name}"
 
 
 NOBODY = Caller()

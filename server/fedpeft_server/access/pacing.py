@@ -15,8 +15,8 @@ from fedpeft_server.access.call import Party
 from fedpeft_server.timing import Timing
 
 
-class Bucket:
-    """A token bucket that lends: what is taken beyond its content is a debt, and the debt a waiting time."""
+class TokenBucket:
+    """A bucket that lends: what is taken beyond its content is a debt, and the debt a waiting time."""
 
     def __init__(self, rate: Rate, now: float) -> None:
         self._rate = rate
@@ -46,7 +46,7 @@ class Pacing:
         self._clock = clock
         self._timing = timing
         self._under_way: Counter[Party] = Counter()
-        self._buckets: OrderedDict[tuple[Party, str], Bucket] = OrderedDict()
+        self._buckets: OrderedDict[tuple[Party, str], TokenBucket] = OrderedDict()
         self._held = 0
 
     @asynccontextmanager
@@ -56,7 +56,7 @@ class Pacing:
         Raises:
             TooManyCalls: If its caller has too many calls under way, or would have to wait too long.
         """
-        most = bounds.CALLERS[party.right].under_way
+        most = bounds.CALLERS[party.role].under_way
         if self._under_way[party] >= most:
             await self.delay_refusal()
             raise TooManyCalls(f"{party} has {most} calls under way, the most one may have; end some")
@@ -72,7 +72,7 @@ class Pacing:
     async def _wait(self, party: Party, method: str) -> None:
         now = self._clock()
         own = bounds.CALLS[method].rate if method in bounds.CALLS else None
-        rates = [("", bounds.CALLERS[party.right].rate), *([(method, own)] if own else [])]
+        rates = [("", bounds.CALLERS[party.role].rate), *([(method, own)] if own else [])]
         buckets = [(rate, self._bucket(party, name, rate, now)) for name, rate in rates]
         wait_s, slowest = max(((bucket.wait_s(now), rate) for rate, bucket in buckets), key=lambda found: found[0])
         if wait_s > self._timing.call_wait_s:
@@ -84,8 +84,8 @@ class Pacing:
         if wait_s:
             await asyncio.sleep(wait_s)
 
-    def _bucket(self, party: Party, name: str, rate: Rate, now: float) -> Bucket:
-        bucket = self._buckets.pop((party, name), None) or Bucket(rate, now)
+    def _bucket(self, party: Party, name: str, rate: Rate, now: float) -> TokenBucket:
+        bucket = self._buckets.pop((party, name), None) or TokenBucket(rate, now)
         self._buckets[party, name] = bucket
         if len(self._buckets) > bounds.MOST_CALLERS:
             self._buckets.popitem(last=False)

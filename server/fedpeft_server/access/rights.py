@@ -1,4 +1,4 @@
-"""Rights of the roles, a line a call. The Gate asks this table before any handler; docs/security.md shows it."""
+"""Rights of the roles, a line a call: `AdmissionInterceptor` asks it before any handler; docs/security.md shows it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Mapping
 
 from fedpeft.identity.subject import Role
 
-Right = Role | None
+CallerRole = Role | None
 """A role, or None for a connection without a certificate, which only the port for enrolment takes."""
 
-_WRITES: frozenset[Right] = frozenset({Role.OPERATOR})
-_READS: frozenset[Right] = frozenset({Role.OPERATOR, Role.VIEWER})
-_TRAINS: frozenset[Right] = frozenset({Role.CLIENT})
-_SCORES: frozenset[Right] = frozenset({Role.EVALUATOR})
+_WRITES: frozenset[CallerRole] = frozenset({Role.OPERATOR})
+_READS: frozenset[CallerRole] = frozenset({Role.OPERATOR, Role.VIEWER})
+_TRAINS: frozenset[CallerRole] = frozenset({Role.CLIENT})
+_SCORES: frozenset[CallerRole] = frozenset({Role.EVALUATOR})
 _TAKES_PART = _TRAINS | _SCORES
-_ENROLLED: frozenset[Right] = frozenset(Role)
-_EVERYBODY: frozenset[Right] = _ENROLLED | {None}
+_ENROLLED: frozenset[CallerRole] = frozenset(Role)
+_EVERYBODY: frozenset[CallerRole] = _ENROLLED | {None}
 
-RIGHTS: Mapping[str, frozenset[Right]] = {
+RIGHTS: Mapping[str, frozenset[CallerRole]] = {
     "/fedpeft.v1.AccessService/Enroll": _EVERYBODY,
     "/fedpeft.v1.AccessService/Renew": _ENROLLED,
     "/fedpeft.v1.AccessService/Leave": _TAKES_PART,

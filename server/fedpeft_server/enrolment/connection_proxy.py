@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from fedpeft_server.access import bounds
 from fedpeft_server.access.bounds import PortBound, Refusal
-from fedpeft_server.access.pacing import Bucket
+from fedpeft_server.access.pacing import TokenBucket
 from fedpeft_server.access.peers import of_host
 from fedpeft_server.timing import Timing
 
@@ -63,7 +63,7 @@ class ConnectionProxy:
         self._bound = bound
         self._clock = clock
         self._open: dict[str, OrderedDict[Connection, None]] = defaultdict(OrderedDict)
-        self._opened: OrderedDict[str, Bucket] = OrderedDict()
+        self._opened: OrderedDict[str, TokenBucket] = OrderedDict()
         self._peers: dict[str, Connection] = {}
         self._numbers = 0
         self._taken_at = clock()
@@ -117,7 +117,7 @@ class ConnectionProxy:
     def _may_open(self, address: str) -> bool:
         assert self._bound.opened is not None
         now = self._clock()
-        bucket = self._opened.pop(address, None) or Bucket(self._bound.opened, now)
+        bucket = self._opened.pop(address, None) or TokenBucket(self._bound.opened, now)
         self._opened[address] = bucket
         if len(self._opened) > bounds.MOST_CALLERS:
             self._opened.popitem(last=False)

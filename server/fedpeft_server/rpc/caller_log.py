@@ -11,7 +11,7 @@ import structlog
 from fedpeft.errors import FedpeftError, StoreUnavailable
 from fedpeft_server.access import bounds
 from fedpeft_server.access.call import CALL, Call, Party
-from fedpeft_server.access.pacing import Bucket
+from fedpeft_server.access.pacing import TokenBucket
 from fedpeft_server.access.throttle import Throttle
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.timing import Timing
@@ -36,7 +36,7 @@ class CallerLog:
         self._clock = clock
         self._refusals: Throttle[tuple[Party, str, str]] = Throttle(timing.refusal_quiet_s, clock)
         self._faults: Throttle[str] = Throttle(timing.refusal_quiet_s, clock)
-        self._buckets: OrderedDict[Party, Bucket] = OrderedDict()
+        self._buckets: OrderedDict[Party, TokenBucket] = OrderedDict()
         self._left_out: Counter[str] = Counter()
 
     def info(self, event: str, **words: object) -> None:
@@ -87,7 +87,7 @@ class CallerLog:
 
     def _may(self, call: Call) -> bool:
         now = self._clock()
-        bucket = self._buckets.pop(call.party, None) or Bucket(bounds.LOG_LINES, now)
+        bucket = self._buckets.pop(call.party, None) or TokenBucket(bounds.LOG_LINES, now)
         self._buckets[call.party] = bucket
         if len(self._buckets) > bounds.MOST_CALLERS:
             self._buckets.popitem(last=False)

@@ -1,4 +1,4 @@
-"""The gate before every handler: a call is paced and admitted, then read and measured, answered, counted and timed.
+"""The way of a call: it is paced and admitted, then read and measured, answered, counted and timed.
 
 Notable: every handler is given to gRPC as one of streams, a unary one included. gRPC reads the message of a unary call
 before it asks anybody; of a stream it reads what is asked for, and `rpc.incoming` asks once the caller is admitted. The
@@ -48,7 +48,7 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]"
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class AdmissionInterceptor(grpc.aio.ServerInterceptor):
     """Stands in front of every handler.
 
     It admits the call or refuses it, then reads, measures and parses its messages, turns errors of the tree into
@@ -76,7 +76,7 @@ class Gate(grpc.aio.ServerInterceptor):
         return self._guarded(handler, call)
 
     def _guarded(self, handler: Handler, call: Call) -> Handler:
-        """Returns the handler behind the gate; messages are counted where they are (de)serialized."""
+        """Returns the handler behind the interceptor; messages are counted where they are (de)serialized."""
         requests = _requests(handler, call.method)
 
         def receive(data: bytes) -> Any:
@@ -175,8 +175,8 @@ class Gate(grpc.aio.ServerInterceptor):
 class _Boundary:
     """The one boundary that errors cross on their way to a client."""
 
-    def __init__(self, gate: Gate, call: Call, context: Context) -> None:
-        self._gate = gate
+    def __init__(self, interceptor: AdmissionInterceptor, call: Call, context: Context) -> None:
+        self._interceptor = interceptor
         self._call = call
         self._context = context
 
@@ -184,13 +184,13 @@ class _Boundary:
         self._began = time.perf_counter()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        status = _domain_error(error, self._call, self._gate.log) if error else None
+        status = _domain_error(error, self._call, self._interceptor.log) if error else None
         code = status.status if status else "OK" if error is None else "CANCELLED"
-        self._gate.finished(self._call, code, time.perf_counter() - self._began)
+        self._interceptor.finished(self._call, code, time.perf_counter() - self._began)
         if isinstance(status, MessageTooLarge):
-            await self._gate.admission.delay_refusal()
+            await self._interceptor.admission.delay_refusal()
         if isinstance(status, Unauthenticated | PermissionDenied):
-            await self._gate.audited(self._call, status, peer_of(self._context))
+            await self._interceptor.audited(self._call, status, peer_of(self._context))
         if status:
             await abort(self._context, status)
 

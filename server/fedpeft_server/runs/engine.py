@@ -25,6 +25,7 @@ from fedpeft.identity.audit import Detail
 from fedpeft.privacy.round_privacy import round_privacy_of
 from fedpeft.privacy.statement import EPSILON
 from fedpeft.rounds import conduct, events
+from fedpeft.rounds.metric_values import ROLLED_BACK_TO
 from fedpeft.rounds.state_machine import Phase, Round, policy_of
 from fedpeft.rounds.tickets import Ticket, TicketState
 from fedpeft.rounds.transitions import ACTIVE, RunStatus, changes, effects
@@ -398,7 +399,7 @@ class RunEngine:
         changes = self.actor.changes(status, events.RolledBack(to))
         db, run, version = self._store.db, self.run.id, status.version
         newest = await self._store.transact(db.round_with, run, version, (), {})
-        if changes is None or (newest and newest.metrics.get("rolled_back_to") == to):
+        if changes is None or (newest and newest.metrics.get(ROLLED_BACK_TO) == to):
             return None
         if to >= version:
             raise VersionNotFound(f"{run} is at version {version}; it can go back to an earlier one, not to {to}")

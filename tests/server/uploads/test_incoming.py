@@ -162,7 +162,7 @@ async def test_callers_that_send_nothing_keep_nobody_waiting(
 ) -> None:
     counted = Counted(monkeypatch)
     monkeypatch.setattr(bounds, "RECEIVING", ReceivingBound(4, 2, 0.2))
-    monkeypatch.setattr(secured.server.gate, "_slots", ReceiveSlots(bounds.RECEIVING))
+    monkeypatch.setattr(secured.server.interceptor, "_slots", ReceiveSlots(bounds.RECEIVING))
     async with AsyncExitStack() as stack:
         silent = []
         channels = [secured.certificate(Role.CLIENT, name) for name in ("x", "y", "z")]

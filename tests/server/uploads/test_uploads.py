@@ -226,7 +226,7 @@ async def test_a_client_with_a_crowd_of_calls_is_told_so_and_others_are_served(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Longer than the test takes: a call that gave way would let in the one that is to be refused.
-    monkeypatch.setattr(daemon.server.gate, "_slots", ReceiveSlots(replace(RECEIVING, hold_s=60.0)))
+    monkeypatch.setattr(daemon.server.interceptor, "_slots", ReceiveSlots(replace(RECEIVING, hold_s=60.0)))
     run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
     greedy, modest = await daemon.clients("greedy", "modest")
     streams = [greedy.stub.PushUpdate(metadata=greedy.metadata) for _ in range(100)]

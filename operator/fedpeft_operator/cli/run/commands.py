@@ -10,6 +10,7 @@ from fedpeft.api import views
 from fedpeft.api.round_table import of_json
 from fedpeft.privacy.statement import in_words
 from fedpeft.process import output
+from fedpeft.rounds.metric_values import ROLLED_BACK_TO
 from fedpeft_operator.cli.epilogs import OF_NAMED, OF_SERVER, epilog
 from fedpeft_operator.cli.round_rows import OF_SHOW, say_rounds
 from fedpeft_operator.cli.run import create, export, track, verify, watch
@@ -193,7 +194,7 @@ def _headline(whole: views.Json) -> list[str]:
 def _say_rounds(rounds: list[views.Json]) -> None:
     say_rounds(map(of_json, rounds), OF_SHOW)
     for row in rounds:
-        if (to := row["metrics"].get(views.ROLLED_BACK_TO)) is not None:
+        if (to := row["metrics"].get(ROLLED_BACK_TO)) is not None:
             output.say(f"round {row['version']} folded no update: it rolled the run back to version {to:.0f}")
 
 

@@ -10,11 +10,9 @@ from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
 from fedpeft.errors import UpdateExcluded
 from fedpeft.formatting import counted
-from fedpeft.rounds.state_machine import ROLLED_BACK
+from fedpeft.rounds.metric_values import ROLLED_BACK_TO
+from fedpeft.rounds.state_machine import ROLLBACK_REASON
 from fedpeft.v1 import run_pb2
-
-_BACK = "rolled_back_to"
-"""The figure of a version that a rollback made: the version it has the tensors of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +130,7 @@ class Reader:
 
 def round_facts(message: run_pb2.Round, run: run_pb2.Run) -> RoundFacts:
     """Reads a round."""
-    back = int(message.metrics[_BACK]) if _BACK in message.metrics else None
+    back = int(message.metrics[ROLLED_BACK_TO]) if ROLLED_BACK_TO in message.metrics else None
     tickets = tuple(_ticket_facts(ticket, message, rolled_back=back is not None) for ticket in message.tickets)
     return RoundFacts(
         number=message.number,
@@ -143,7 +141,7 @@ def round_facts(message: run_pb2.Round, run: run_pb2.Run) -> RoundFacts:
         seconds=views.seconds(message),
         extensions=message.extensions,
         tickets=tickets,
-        metrics={name: value for name, value in message.metrics.items() if name != _BACK},
+        metrics={name: value for name, value in message.metrics.items() if name != ROLLED_BACK_TO},
         up=message.wire_bytes_up,
         down=message.wire_bytes_down,
         payload_up=message.payload_bytes_up,
@@ -158,7 +156,7 @@ def _ticket_facts(ticket: run_pb2.Ticket, round_: run_pb2.Round, *, rolled_back:
     state = run_pb2.TicketState.Name(ticket.state).removeprefix("TICKET_STATE_").lower()
     if state == "refused" and ticket.reason.startswith(UpdateExcluded.reason):
         state = "excluded"
-    elif state == "refused" and rolled_back and ticket.reason.startswith(ROLLED_BACK):
+    elif state == "refused" and rolled_back and ticket.reason.startswith(ROLLBACK_REASON):
         state = "discarded"
     return TicketFacts(
         client=ticket.client,
