@@ -190,16 +190,16 @@ def progress_message(client: str, run: str, progress: Progress, verdict: Verdict
         client=client,
         run=run,
         state=PROGRESS_STATES[verdict.state],
-        step=progress.step,
-        steps=progress.steps,
+        step=progress.report.step,
+        steps=progress.report.steps,
         seconds=verdict.seconds,
         heard_s=verdict.heard_s,
         moved_s=verdict.moved_s,
         usual_s=verdict.usual_s,
         description=verdict.words,
         refused=verdict.refused,
-        updates=progress.updates,
-        updates_wanted=progress.wanted,
+        updates=progress.report.updates,
+        updates_wanted=progress.report.wanted,
     )
 
 

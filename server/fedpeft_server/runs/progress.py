@@ -83,12 +83,26 @@ class Refusal:
 
 
 class Report(NamedTuple):
-    """A report of a client on its progress; see `Progress`."""
+    """A report of a client on its progress.
 
-    step: int
-    steps: int
+    Attributes:
+        step: Steps done.
+        steps: Steps in all; 0 if the client has not said.
+        updates: Updates that the agent of an edge has collected.
+        wanted: Those that it wants; 0 for a client that trains itself.
+    """
+
+    step: int = 0
+    steps: int = 0
     updates: int = 0
     wanted: int = 0
+
+    @property
+    def words(self) -> str:
+        """The same for people; empty if nothing was said."""
+        if self.wanted:
+            return f"{self.updates:,} of {counted(self.wanted, 'update')}"
+        return f"step {self.step:,} of {self.steps:,}" if self.steps else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,23 +111,17 @@ class Progress:
 
     Attributes:
         issued: Time at which it was given out.
-        step: Steps done.
-        steps: Steps in all; 0 if the client has not said.
-        updates: Updates that the agent of an edge has collected.
-        wanted: Those that it wants; 0 for a client that trains itself.
+        report: The last report.
         began: Time at which the client first said how many steps there are.
-        moved: Time at which `step` last moved; before that, at which there was something to be done.
+        moved: Time at which a report last said something else; before that, at which there was something to be done.
         refusal: The last transfer, if it was refused for now.
     """
 
     issued: float
-    step: int = 0
-    steps: int = 0
+    report: Report = Report()
     began: float = 0.0
     moved: float = 0.0
     refusal: Refusal | None = None
-    updates: int = 0
-    wanted: int = 0
 
     @classmethod
     def at(cls, now: float) -> Progress:
@@ -122,21 +130,15 @@ class Progress:
 
     def reported(self, report: Report, now: float) -> Progress:
         """Returns the progress after the client said how far it is; a training that was begun anew may be less far."""
-        if not report.steps or report == (self.step, self.steps, self.updates, self.wanted):
+        before = self.report
+        if not report.steps or report == before:
             return self
-        began = self.began if self.steps == report.steps and report.step > self.step else now
-        return replace(self, **report._asdict(), began=began, moved=now, refusal=None)
-
-    @property
-    def words(self) -> str:
-        """The same for people; empty if it has not said."""
-        if self.wanted:
-            return f"{self.updates:,} of {counted(self.wanted, 'update')}"
-        return f"step {self.step:,} of {self.steps:,}" if self.steps else ""
+        began = self.began if before.steps == report.steps and report.step > before.step else now
+        return replace(self, report=report, began=began, moved=now, refusal=None)
 
     def step_s(self, past: Past) -> float:
         """Returns how long a step takes this client, by this ticket or by its last rounds; 0 if nobody knows."""
-        here = (self.moved - self.began) / self.step if self.step else 0.0
+        here = (self.moved - self.began) / self.report.step if self.report.step else 0.0
         return max(here, median(past.step_s) if past.step_s else 0.0)
 
 
@@ -194,7 +196,7 @@ def judge(
     """
     seconds, moved_s = now - progress.issued, now - progress.moved
     heard_s, usual_s = now - max(heard, progress.issued), past.usual_s
-    at = progress.words
+    report, at = progress.report, progress.report.words
     patience_s = max(timing.stalled_s, timing.steps_missed * progress.step_s(past))
     refusal = None if uploading else progress.refusal
     late = usual_s is not None and seconds > max(timing.slow_factor * usual_s, usual_s + timing.slow_least_s)
@@ -202,7 +204,7 @@ def judge(
         state, words = State.SILENT, f"no word for {_span(heard_s)}" + (f", last at {at}" if at else "")
     elif refusal is not None:
         state, words = refusal.transfer, refusal.words(now)
-    elif progress.steps and not progress.wanted and not uploading and moved_s >= patience_s:
+    elif report.steps and not report.wanted and not uploading and moved_s >= patience_s:
         state, words = State.STALLED, f"{at} for {_span(moved_s)}"
     elif late and usual_s is not None:
         doing = "uploading" if uploading else at
@@ -210,7 +212,7 @@ def judge(
         words = f"slower than usual: {_span(seconds)}, usually {_span(usual_s)}" + (f", {doing}" if doing else "")
     elif uploading:
         state, words = State.UPLOADING, f"uploading, {_span(heard_s)} ago"
-    elif progress.wanted:  # it waits for others, as long as they take
+    elif report.wanted:  # it waits for others, as long as they take
         state, words = State.TRAINING, f"training, {at}, last word {_span(heard_s)} ago"
     elif at:
         state, words = State.TRAINING, f"training, {at}, {_span(moved_s)} ago"

@@ -291,7 +291,7 @@ async def test_how_far_clients_are_and_what_they_sent_is_shown_alike_by_every_da
 
     def shown(daemon: Daemon) -> bool:
         awaited = daemon.server.runs.progress.awaited(daemon.server.runs.get(run.id), 8)
-        return [(client, progress.step) for client, progress, _ in awaited] == [("a", 3)]
+        return [(client, progress.report.step) for client, progress, _ in awaited] == [("a", 3)]
 
     await federation.until(shown)
     sums = []

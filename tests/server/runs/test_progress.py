@@ -24,7 +24,7 @@ from ..conftest import Daemon, RawClient, StartDaemon, config, fault, filled, re
 START = 1000.0
 MINUTE = Past((40.0, 38.0, 42.0), (60.0,))
 """Of a client whose rounds take 40 s and whose steps take a minute."""
-AT_12 = Progress(START, step=12, steps=40, began=START + 5, moved=START + 17)
+AT_12 = Progress(START, Report(12, 40), began=START + 5, moved=START + 17)
 """A step a second."""
 FAST = replace(TIMING, silent_s=1.0, stalled_s=0.5, slow_least_s=0.1, progress_check_s=0.02)
 
@@ -114,7 +114,7 @@ def test_any_reports_are_taken_and_no_step_takes_less_than_nothing(reports: list
 
 def test_a_training_that_began_anew_has_its_own_pace() -> None:
     again = AT_12.reported(Report(1, 40), START + 60)
-    assert (again.step, again.began, again.moved) == (1, START + 60, START + 60)
+    assert (again.report.step, again.began, again.moved) == (1, START + 60, START + 60)
     assert AT_12.reported(Report(0, 0), START + 60) is AT_12
 
 
