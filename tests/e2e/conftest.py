@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,10 @@ class SlowLink:
         except OSError:
             pass  # one side was killed, which is what these tests do
         finally:
-            source.close()
-            sink.close()
+            for each in (source, sink):
+                with suppress(OSError):  # it is closed already
+                    each.shutdown(socket.SHUT_RDWR)  # which wakes the other thread; a mere close does not
+                each.close()
 
 
 class Federation:
