@@ -105,6 +105,9 @@ class Report(NamedTuple):
         return f"step {self.step:,} of {self.steps:,}" if self.steps else ""
 
 
+NO_REPORT = Report()
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Progress of a client with a ticket.
@@ -118,7 +121,7 @@ class Progress:
     """
 
     issued: float
-    report: Report = Report()
+    report: Report = NO_REPORT
     began: float = 0.0
     moved: float = 0.0
     refusal: Refusal | None = None
