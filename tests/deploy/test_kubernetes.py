@@ -68,8 +68,12 @@ def test_a_manifest_fits_the_schemas(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(KUBERNETES.rglob("kustomization.yaml")), ids=lambda path: path.parent.name)
 def test_a_kustomization_names_what_is_there(path: Path) -> None:
-    named = yaml.safe_load(path.read_text())
-    assert all((path.parent / resource).exists() for resource in named["resources"])
+    said = yaml.safe_load(path.read_text())
+    named = [*said.get("resources", ()), *said.get("components", ())]
+    for generator in said.get("configMapGenerator", ()):
+        named += [file.rpartition("=")[2] for file in generator.get("files", ())]
+    named += [patch["path"] for patch in said.get("patches", ()) if "path" in patch]
+    assert named and [each for each in named if not (path.parent / each).exists()] == []
 
 
 @pytest.mark.parametrize("pod", pods(BASES).values(), ids=pods(BASES))

@@ -5,7 +5,7 @@ Whatever a colour could say is a word too, so that a terminal without colours sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -271,10 +271,6 @@ def ago(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds // length:.0f} {unit} ago"
     return f"{max(0.0, seconds):.0f} s ago"
-
-
-def _figure(metrics: Mapping[str, float], name: str) -> str:
-    return f"{metrics[name]:.3f}" if name in metrics else "-"
 
 
 def _rest(total: int, columns: int) -> list[Row]:

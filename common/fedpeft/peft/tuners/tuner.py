@@ -49,7 +49,7 @@ def target_layers(structure: ModelStructure, targets: str | tuple[str, ...]) -> 
         ConfigInvalid: If a pattern fits none, or there is no pattern.
     """
     layers = list(linear_layers_of(structure))
-    known = ", ".join(sorted({n.partition(".")[2].partition(".")[2] for n in layers}))
+    known = ", ".join(sorted({name for part in structure.blocks.values() for name in linear_layers(part)}))
     patterns = [targets] if isinstance(targets, str) else targets
     if not patterns:
         raise unfit(f"names no layer; there are: {known}", "targets")
