@@ -283,7 +283,7 @@ class Agent:
         request = pb.AnswerOfferRequest(
             run=run,
             answer=pb.ANSWER_ACCEPTED if verdict.is_eligible else pb.ANSWER_DECLINED,
-            reasons=[reason.told[:MAX_REASON] for reason in verdict.reasons[:MAX_REASONS]],
+            reasons=[reason.public_text[:MAX_REASON] for reason in verdict.reasons[:MAX_REASONS]],
             examples=verdict.examples,
             algorithm=verdict.algorithm,
             mechanism=verdict.mechanism,
@@ -301,7 +301,7 @@ class Agent:
             self._metrics.examples.labels(run).set(verdict.examples)
         for reason in verdict.reasons:
             self._metrics.declines.labels(reason.kind).inc()
-            self._log.error("run is declined", run=run, reason=reason.kind, cause=reason.here)
+            self._log.error("run is declined", run=run, reason=reason.kind, cause=reason.local_text)
         if verdict.reasons and self._settings.run:
             raise verdict.reasons[0].error
 
@@ -323,13 +323,14 @@ class Agent:
                 await run_while_ticket_open(self._channel, task.ticket, permitted, steps, keeps_late=keeps)
 
         if failure := self._against(task) or await self._tried(task.run, train):
-            log.error("ticket is given up", cause=failure.here)
+            log.error("ticket is given up", cause=failure.local_text)
             self._metrics.tickets_given_up.labels(task.run, failure.kind).inc()
             if failure.kind in (RunFinished.reason, TicketNotFound.reason):
                 self._finished.look_soon()
             if failure.kind not in _NOBODYS_FAULT:
                 self._leave_out(task.run, surely=failure.kind == FAULT.reason)
-            await self._withdrawals.withdraw(task.ticket, f"{failure.kind}: {failure.told}", task.run, task.round, log)
+            reason = f"{failure.kind}: {failure.public_text}"
+            await self._withdrawals.withdraw(task.ticket, reason, task.run, task.round, log)
             if isinstance(failure.error, IdentityInvalid):  # of a relay, which is no more use until a person acts
                 raise failure.error
             await self._setback.pause()
@@ -358,7 +359,7 @@ class Agent:
         for reason in reasons_against_ticket(self._policy, run, task, examples, taken):
             return reason
         stop = self._limits.against(message_entries.largest_update(run, task.round))
-        return Reason.of(RefusedByPolicy(stop.told)) if stop else None
+        return Reason.of(RefusedByPolicy(stop.text)) if stop else None
 
     async def _evaluate(self, task: pb.EvaluationTask) -> None:
         log = self._log.bind(run=task.run)
@@ -373,7 +374,7 @@ class Agent:
             self._attempts.forget((task.run, task.version))
             self._holds.succeeded(task.run)
             return
-        log.error("version is not scored", version=task.version, cause=failure.here)
+        log.error("version is not scored", version=task.version, cause=failure.local_text)
         if failure.kind not in _NOBODYS_FAULT:
             await self._cannot_score(task, failure, log)
         await self._setback.pause()
@@ -393,7 +394,7 @@ class Agent:
         log.error("version is given up; the others go on", version=task.version, attempts=attempts)
         self._metrics.evaluations_given_up.labels(task.run).inc()
         try:
-            await self._evaluator.give_up(task.run, task.version, f"{failure.kind}: {failure.told}")
+            await self._evaluator.give_up(task.run, task.version, f"{failure.kind}: {failure.public_text}")
         except (LocalError, *NOT_ABOUT_THE_TASK):
             raise
         except FedpeftError as error:

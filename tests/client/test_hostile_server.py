@@ -247,7 +247,7 @@ class TestVerdicts:
         assert (await found.judge(self.offer(run, "run-1"))).is_eligible
         assert (await found.judge(self.offer(run, "run-1", version=5, reason="later"))).is_eligible, "these may change"
         again = await found.judge(self.offer(run, "run-1", backbone_fingerprint="f" * 64))
-        assert not again.is_eligible and "never change" in again.reasons[0].told
+        assert not again.is_eligible and "never change" in again.reasons[0].public_text
         assert not (await found.judge(self.offer(run, "run-1"))).is_eligible, "nor the first one any more"
         assert worker.asked == ["run-1"]
 
@@ -257,7 +257,7 @@ class TestVerdicts:
         newer.config.training.MergeFromString(b"\xb8\x3e\x01")  # field 999, a number, 1
         found = await Verdicts(worker, logs.logger()).judge(newer)  # type: ignore[arg-type]
         (reason,) = found.reasons
-        assert "does not know field 999 of training; update the software here" in reason.told
+        assert "does not know field 999 of training; update the software here" in reason.public_text
         assert worker.asked == []
 
     async def test_no_verdict_on_a_run_without_an_id(self) -> None:

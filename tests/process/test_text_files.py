@@ -179,7 +179,7 @@ def test_nested_brackets_in_an_identity_and_a_policy_that_doctor_reads(tmp_path)
         (tmp_path / name).write_text("a = " + "[" * 5_000)
     with pytest.raises(IdentityInvalid, match="must hold server"):
         server_of(tmp_path)
-    assert "brackets are nested" in client_side._policy(tmp_path / "policy.toml").said
+    assert "brackets are nested" in client_side._policy(tmp_path / "policy.toml").text
 
 
 def test_a_long_file_is_read_line_by_line_without_its_mark(tmp_path):

@@ -81,15 +81,15 @@ async def test_a_server_that_runs_and_whoever_calls_it_are_well(secured: Federat
     assert await asyncio.to_thread(bad, setup) == []
     state = enrolled(secured.authority, tmp_path / "state" / "identity", secured.address).parent
     found = await asyncio.to_thread(lambda: list(examine(Setup(state_dir=state))))
-    said = {finding.said for finding in found if finding.check == "server"}
+    said = {finding.text for finding in found if finding.check == "server"}
     assert f"{secured.address} is reached over TLS 1.3, and it takes this certificate" in said
     assert "it is serving" in said
     data_dir = tmp_path / "data"
     server = Setup(data_dir=data_dir, listen=secured.address, metrics="")
     found = await asyncio.to_thread(lambda: list(examine(server)))
-    assert any(finding.said == f"a server runs on {data_dir} (process {os.getpid()})" for finding in found)
+    assert any(finding.text == f"a server runs on {data_dir} (process {os.getpid()})" for finding in found)
     assert [finding for finding in found if finding.check == "ports" and finding.level is not Level.OK] == []
-    assert any("has schema" in finding.said and finding.level is Level.OK for finding in found)
+    assert any("has schema" in finding.text and finding.level is Level.OK for finding in found)
 
 
 async def test_plain_text_on_this_machine_is_well(start: StartDaemon) -> None:
@@ -105,12 +105,12 @@ async def test_paused_runs_and_full_disks_of_a_running_server_are_said(start: St
         await daemon.operator.PauseRun(op.PauseRunRequest(run=run, reason=f"reason {number}"))
     found = await asyncio.to_thread(bad, server)
     assert [finding.check for finding in found] == ["runs"] * (NAMED + 1)
-    assert found[0].said == f"{runs[0]} (run) is paused: reason 0" and found[0].cure.startswith("fedpeft run resume")
-    assert found[-1].said == "2 more runs are paused"
+    assert found[0].text == f"{runs[0]} (run) is paused: reason 0" and found[0].cure.startswith("fedpeft run resume")
+    assert found[-1].text == "2 more runs are paused"
     await daemon.end()
     daemon = await start(tmp_path / "data", min_free_bytes=2**62)
     found = await asyncio.to_thread(bad, Setup(server=daemon.server.settings.listen))
-    assert found[0].check == "server disk" and "uploads and new runs are refused" in found[0].said
+    assert found[0].check == "server disk" and "uploads and new runs are refused" in found[0].text
 
 
 # Identity and network
@@ -137,7 +137,7 @@ async def test_a_clients_identity_is_none_for_commands(secured: Federation, tmp_
     found = await asyncio.to_thread(only, Setup(identity=where), "identity")
     assert (
         found.level is Level.FAULT
-        and "is the identity of client noto, which fedpeft's commands cannot use" in found.said
+        and "is the identity of client noto, which fedpeft's commands cannot use" in found.text
     )
     assert found.cure.startswith("fedpeft-client --identity") and "fedpeft enroll" in found.cure
     for client in (Setup(identity=where, data=tmp_path), Setup(state_dir=tmp_path / "state")):
@@ -149,7 +149,7 @@ async def test_an_operators_identity_is_none_for_a_client(secured: Federation, t
     (tmp_path / "state").mkdir()
     secured.operator.folder.rename(tmp_path / "state" / "identity")
     found = await asyncio.to_thread(only, Setup(state_dir=tmp_path / "state"), "identity")
-    assert found.level is Level.FAULT and "operator ada, which cannot take part in runs" in found.said
+    assert found.level is Level.FAULT and "operator ada, which cannot take part in runs" in found.text
     assert "fedpeft-client enroll" in found.cure and "--role client" in found.cure
 
 
@@ -157,21 +157,21 @@ async def test_the_servers_clock_and_protocol_are_asked(
     secured: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = Setup(server=secured.address, identity=secured.operator.folder)
-    said = {finding.said for finding in await asyncio.to_thread(lambda: list(examine(setup)))}
+    said = {finding.text for finding in await asyncio.to_thread(lambda: list(examine(setup)))}
     assert f"it speaks protocol {PROTOCOL}, and its clock agrees with the one here" in said
     for seconds, how in ((-600, "10 minutes behind"), (600, "10 minutes ahead of")):
         secured.server.health.clock = lambda seconds=seconds: time.time() + seconds  # type: ignore[misc]
         found = await asyncio.to_thread(only, setup, "clock")
-        assert found.level is Level.WARNING and f"the server's clock is {how} the one here" in found.said
+        assert found.level is Level.WARNING and f"the server's clock is {how} the one here" in found.text
     secured.server.health.clock = time.time
     monkeypatch.setattr(network, "PROTOCOL", PROTOCOL + 1)
     found = await asyncio.to_thread(only, setup, "protocol")
     assert found.level is Level.FAULT
-    assert f"the server speaks protocol {PROTOCOL}, fedpeft here {PROTOCOL + 1}" in found.said
+    assert f"the server speaks protocol {PROTOCOL}, fedpeft here {PROTOCOL + 1}" in found.text
     monkeypatch.setattr(network, "PROTOCOL", PROTOCOL)
     monkeypatch.setattr(network, "parse", lambda metadata: None)
     found = await asyncio.to_thread(only, setup, "protocol")
-    assert found.level is Level.WARNING and "does not say which protocol it speaks" in found.said
+    assert found.level is Level.WARNING and "does not say which protocol it speaks" in found.text
 
 
 async def test_a_revoked_client(secured: Federation, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ async def test_a_revoked_client(secured: Federation, tmp_path: Path) -> None:
     await secured.enroll(await secured.token("noto"))
     await secured.revoke(Role.CLIENT, "noto")
     found = await asyncio.to_thread(only, Setup(state_dir=state), "server")
-    assert found.level is Level.FAULT and "revoked" in found.said
+    assert found.level is Level.FAULT and "revoked" in found.text
 
 
 def test_a_port_that_is_closed(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_port_that_is_closed(tmp_path: Path) -> None:
     where = enrolled(Authority.make("x"), tmp_path / "identity", f"127.0.0.1:{port}")
     found = only(Setup(identity=where), "server")
     assert (found.level, found.cure[:20]) == (Level.FAULT, "start fedpeft-server")
-    assert f"nothing listens on port {port}" in found.said
+    assert f"nothing listens on port {port}" in found.text
 
 
 def test_an_ended_certificate_and_an_open_key(tmp_path: Path) -> None:
@@ -199,13 +199,13 @@ def test_an_ended_certificate_and_an_open_key(tmp_path: Path) -> None:
     folder.key_path(where).chmod(0o644)
     (first, *_) = bad(Setup(identity=where))
     assert (first.check, first.level) == ("identity", Level.FAULT)
-    assert "mode 0644" in first.said + first.cure and "chmod 600" in first.said + first.cure
+    assert "mode 0644" in first.text + first.cure and "chmod 600" in first.text + first.cure
 
 
 def test_a_certificate_that_nobody_renewed(tmp_path: Path) -> None:
     where = enrolled(Authority.make("x"), tmp_path / "identity", "127.0.0.1:1", timedelta(minutes=1))
     found = only(Setup(identity=where), "certificate")
-    assert found.level is Level.WARNING and "was not renewed half-way" in found.said
+    assert found.level is Level.WARNING and "was not renewed half-way" in found.text
 
 
 def test_an_authority_that_ends_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_an_authority_that_ends_soon(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_an_identity_that_is_not_there(tmp_path: Path) -> None:
     found = bad(Setup(identity=tmp_path / "nothing"))
-    assert found[0].check == "identity" and "enroll first" in found[0].said + found[0].cure
+    assert found[0].check == "identity" and "enroll first" in found[0].text + found[0].cure
 
 
 def test_the_personal_identity_is_looked_at_for_its_own_server_only(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_site_is_examined_with_its_own_identity_whatever_the_operator_s_enviro
         with pytest.raises(SystemExit):
             main([*arguments, "--json"])
         found = json.loads(capsys.readouterr().out)
-        return " ".join(finding["said"] for finding in found if finding["check"] == "identity")
+        return " ".join(finding["text"] for finding in found if finding["check"] == "identity")
 
     assert f"client noto for 127.0.0.1:1, in {site}" in looked_at("doctor", "--state-dir", str(tmp_path / "state"))
     monkeypatch.setenv("FEDPEFT_CLIENT_IDENTITY", str(site))
@@ -257,7 +257,7 @@ def test_a_server_certificate_of_another_key(tmp_path: Path, capsys: pytest.Capt
     assert only(Setup(data_dir=data, **free_ports()), "certificates").cure == "fedpeft-server init"
     (data / "identity" / "server.pem").unlink()
     lost = only(Setup(data_dir=data, **free_ports()), "certificates")
-    assert lost.level is Level.FAULT and "has server.key, authority.key, authority.pem but no server.pem" in lost.said
+    assert lost.level is Level.FAULT and "has server.key, authority.key, authority.pem but no server.pem" in lost.text
 
 
 def test_a_server_certificate_without_host_names(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_server_certificate_without_host_names(tmp_path: Path) -> None:
     for ending in ("pem", "key"):  # an authority's own has none
         (data / "identity" / f"server.{ending}").write_bytes((data / "identity" / f"authority.{ending}").read_bytes())
     found = only(Setup(data_dir=data, **free_ports()), "certificates")
-    assert found.level is Level.FAULT and "server.pem is made out to no host name" in found.said
+    assert found.level is Level.FAULT and "server.pem is made out to no host name" in found.text
 
 
 # Disk and server
@@ -274,19 +274,19 @@ def test_a_server_certificate_without_host_names(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_nearly_full(small_disk: Path) -> None:
     found = only(Setup(data_dir=small_disk, **free_ports()), "data folder")
-    assert found.level is Level.FAULT and "almost none" in found.said
+    assert found.level is Level.FAULT and "almost none" in found.text
     assert list(small_disk.iterdir()) == [], "nothing is left behind"
 
 
 def test_a_folder_that_cannot_be_written() -> None:
     found = only(Setup(data_dir=Path("/proc/nowhere"), **free_ports()), "data folder")
-    assert found.level is Level.FAULT and "cannot be written" in found.said
+    assert found.level is Level.FAULT and "cannot be written" in found.text
 
 
 @pytest.mark.parametrize(("field", "check"), [("data_dir", "data folder"), ("state_dir", "state folder")])
 def test_a_folder_that_is_not_there(tmp_path: Path, field: str, check: str) -> None:
-    found = [each for each in bad(Setup(**{field: tmp_path / "nope"}, **free_ports())) if "nope" in each.said]
-    assert [(each.check, each.level, each.said) for each in found] == [
+    found = [each for each in bad(Setup(**{field: tmp_path / "nope"}, **free_ports())) if "nope" in each.text]
+    assert [(each.check, each.level, each.text) for each in found] == [
         (check, Level.WARNING, f"{tmp_path / 'nope'} is not there")
     ]
     assert "first start" in found[0].cure and not (tmp_path / "nope").exists()
@@ -300,10 +300,10 @@ def test_the_use_of_a_folder_is_said_and_a_folder_of_versions_elsewhere_is_looke
         folder_.mkdir()
         (folder_ / "file").write_bytes(bytes(2048))
     found = list(examine(Setup(data_dir=data, blobs=f"file://{blobs}", **free_ports())))
-    (said,) = [finding.said for finding in found if finding.check == "data folder" and str(data) in finding.said]
+    (said,) = [finding.text for finding in found if finding.check == "data folder" and str(data) in finding.text]
     assert f"{data}, 2.0 KiB in use, " in said
     (full,) = [finding for finding in found if finding.check == "blobs"]
-    assert full.level is Level.FAULT and "free of 1.00 MiB" in full.said
+    assert full.level is Level.FAULT and "free of 1.00 MiB" in full.text
     in_bucket = examine(Setup(data_dir=data, blobs="s3://bucket/fedpeft", **free_ports()))
     assert [finding for finding in in_bucket if finding.check == "blobs"] == []
 
@@ -313,7 +313,7 @@ def test_a_disk_that_is_full_is_not_given_to_another_user(small_disk: Path) -> N
         while True:
             file.write(bytes(4096))
     found = only(Setup(data_dir=small_disk, **free_ports()), "data folder")
-    assert found.level is Level.FAULT and "No space left" in found.said
+    assert found.level is Level.FAULT and "No space left" in found.text
     assert found.cure == "free some space, or take a larger disk"
 
 
@@ -321,7 +321,7 @@ def test_a_slow_disk_and_a_remote_one(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(disk, "SLOW_S", 0.0)
     assert any("every update waits for one" in f.cure for f in bad(Setup(state_dir=tmp_path)))
     monkeypatch.setattr(disk, "mount_of", lambda folder: Mount("server:/export", "/", "nfs4"))
-    assert any(f"{tmp_path} is on nfs4" in f.said for f in bad(Setup(state_dir=tmp_path)))
+    assert any(f"{tmp_path} is on nfs4" in f.text for f in bad(Setup(state_dir=tmp_path)))
 
 
 def test_few_open_files(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_databases(tmp_path: Path) -> None:
     path = tmp_path / "fedpeft.db"
     setup = Setup(data_dir=tmp_path, **free_ports())
     path.write_bytes(b"no database" * 999)
-    assert "file is not a database" in only(setup, "database").said
+    assert "file is not a database" in only(setup, "database").text
     path.unlink()
     newest = server_side.newest_schema()
     assert newest is not None and newest.isdigit()
@@ -351,29 +351,29 @@ def test_databases(tmp_path: Path) -> None:
         assert found.level is level, found
     away = Setup(data_dir=tmp_path, database=f"postgresql://postgres:secret@127.0.0.1:{free_port()}/x", **free_ports())
     found = only(away, "database")
-    assert found.level is Level.FAULT and "secret" not in found.said
+    assert found.level is Level.FAULT and "secret" not in found.text
 
 
 def test_postgresql_is_reached(postgres: Path, tmp_path: Path) -> None:
     setup = Setup(data_dir=tmp_path, database=f"postgresql://postgres@/postgres?host={postgres}")
     (found,) = server_side.check_database(setup)
-    assert found.said == "PostgreSQL is reached; its tables are made at the first start"
+    assert found.text == "PostgreSQL is reached; its tables are made at the first start"
 
 
 def test_ports_that_others_have(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         found = only(Setup(data_dir=tmp_path, listen=address, metrics=""), "ports")
-        assert found.level is Level.FAULT and f"--listen {address}: Address already in use" in found.said
+        assert found.level is Level.FAULT and f"--listen {address}: Address already in use" in found.text
         found = only(Setup(data_dir=tmp_path, listen=free_ports()["listen"], metrics=address), "ports")
-        assert f"--metrics {address}: Address already in use" in found.said
+        assert f"--metrics {address}: Address already in use" in found.text
 
 
 def test_the_last_port_has_none_after_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     init.main(["--data-dir", str(data), "--operator", "ada", "--operator-identity", str(tmp_path / "ada")])
     found = only(Setup(data_dir=data, listen="127.0.0.1:65535", metrics=""), "ports")
-    assert found.level is Level.WARNING and "leaves no port after it" in found.said
+    assert found.level is Level.WARNING and "leaves no port after it" in found.text
 
 
 # Client
@@ -389,17 +389,17 @@ def test_what_is_wrong_with_a_state_directory(tmp_path: Path) -> None:
 
 def test_data_that_cannot_be_used(tmp_path: Path) -> None:
     found = only(Setup(data=tmp_path / "nowhere"), "data")
-    assert found.level is Level.FAULT and "there is no data at" in found.said + found.cure
+    assert found.level is Level.FAULT and "there is no data at" in found.text + found.cure
     for number in range(4):
         (tmp_path / "images" / "cat").mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / "cat" / f"{number}.png").write_bytes(b"no image")
     found = only(Setup(data=tmp_path / "images"), "data")
-    assert found.level is Level.WARNING and "4 of 4 images that were opened cannot be read" in found.said
+    assert found.level is Level.WARNING and "4 of 4 images that were opened cannot be read" in found.text
 
 
 def test_a_device_that_is_not_there() -> None:
     (found,) = client_side.check_device(Setup(data=Path("d"), device="cuda:99"))
-    assert found.level is Level.FAULT and "there is no device cuda:99" in found.said
+    assert found.level is Level.FAULT and "there is no device cuda:99" in found.text
 
 
 def test_weights_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,8 +424,8 @@ def test_versions_are_compared_by_number(monkeypatch: pytest.MonkeyPatch) -> Non
     assert dict(versions.requirements("train"))["torch"] == "2.6"
     monkeypatch.setattr(versions, "requirements", lambda extra: [("grpcio", "99.0"), ("no-such-package", "1")])
     old, missing = [f for f in versions.check_versions(Setup()) if f.level is Level.FAULT]
-    assert "is older than 99.0, which this version needs" in old.said and old.cure.startswith("pip install")
-    assert missing.said == "no-such-package is not installed"
+    assert "is older than 99.0, which this version needs" in old.text and old.cure.startswith("pip install")
+    assert missing.text == "no-such-package is not installed"
 
 
 # The command

@@ -79,7 +79,7 @@ async def dry_run(
     for line in Inventory.of_dict(hello["inventory"]).lines():
         _line("", line)
     if against is not None:
-        _line("now", f"no work: {against.told}; next possible after {against.until:%Y-%m-%d %H:%M}")
+        _line("now", f"no work: {against.text}; next possible after {against.until:%Y-%m-%d %H:%M}")
     surveyed = await worker.ask({"op": "survey"}, Reporter(log, "opening images", worker.timing))
     _say_readable(surveyed, hello["rows_are"])
     verdicts = Verdicts(worker, log)

@@ -66,8 +66,8 @@ class Violation:
     """A violated rule: its key in the policy file, the text for the server, and the text for the owner."""
 
     key: str
-    told: str
-    here: str
+    public_text: str
+    local_text: str
 
 
 def broken(policy: Policy, asked: RunDemand) -> tuple[Violation, ...]:

@@ -1,4 +1,4 @@
-"""Suitability of a run for this site: one pure function over both, which returns the reasons against it.
+"""Eligibility of a run at this site: one pure function over both, which returns the reasons against it.
 
 Whatever may speak against a run is a check in `CHECKS`, and is asked nowhere else. It is asked twice: before the model
 is built, so that nothing is loaded or fetched for a run that cannot be; and afterwards, with what was built. A fact
@@ -55,23 +55,23 @@ class Reason:
 
     Attributes:
         kind: The `reason` of the error that it is.
-        told: A sentence for the server and its operator; it names nothing of this site.
-        here: A sentence for this site: what is wrong, where, and what would be right.
+        public_text: A sentence for the server and its operator; it names nothing of this site.
+        local_text: A sentence for this site: what is wrong, where, and what would be right.
     """
 
     kind: str
-    told: str
-    here: str
+    public_text: str
+    local_text: str
 
     @classmethod
-    def of(cls, error: FedpeftError, told: str = "") -> Self:
-        """Returns an error as a reason; what is told is the error's own sentence where that is not private."""
-        return cls(error.reason, told or _PRIVATE.get(type(error), error.message), error.message)
+    def of(cls, error: FedpeftError, public_text: str = "") -> Self:
+        """Returns an error as a reason; without a text for the server its own is told, unless that is private."""
+        return cls(error.reason, public_text or _PRIVATE.get(type(error), error.message), error.message)
 
     @property
     def error(self) -> FedpeftError:
         """The error that it is."""
-        return of_reason(self.kind, TrainingFailed)(self.here)
+        return of_reason(self.kind, TrainingFailed)(self.local_text)
 
     def as_json(self) -> dict[str, Any]:
         """Returns it for the way between worker and agent."""
@@ -138,7 +138,7 @@ def reasons_against_ticket(
         faults = faults_of(error, settings, "training")
         return (Reason.of(ConfigInvalid("; ".join(f"{path}: {text}" for path, text in faults), faults)),)
     asked = RunDemand(run, training, task.round, examples, taken=taken)
-    return tuple(Reason.of(RefusedByPolicy(each.here), each.told) for each in broken(policy, asked))
+    return tuple(Reason.of(RefusedByPolicy(each.local_text), each.public_text) for each in broken(policy, asked))
 
 
 def mapped(run: KnownRun, site: Site) -> MappedLabels:
@@ -168,7 +168,7 @@ def _policy(run: KnownRun, site: Site) -> Iterable[Reason]:
     training = run.config.training if site.trains else None
     size = site.built.image_size if isinstance(site.built, Built) else None
     for each in broken(site.policy, RunDemand(run, training, None, examples, size, site.weights)):
-        yield Reason.of(RefusedByPolicy(each.here), each.told)
+        yield Reason.of(RefusedByPolicy(each.local_text), each.public_text)
 
 
 def _method(run: KnownRun, site: Site) -> Iterable[Reason]:

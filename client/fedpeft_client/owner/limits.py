@@ -46,7 +46,7 @@ class Conditions:
 class Forbidden:
     """Reason why nothing is done now, as a sentence for the server, and when to look again."""
 
-    told: str
+    text: str
     until: datetime
 
 
@@ -138,10 +138,10 @@ class Limits:
         while (stop := against()) is not None:
             if not self._waits:
                 raise RefusedByPolicy(
-                    f"{stop.told}; start it again after {stop.until:%Y-%m-%d %H:%M}, or without --once"
+                    f"{stop.text}; start it again after {stop.until:%Y-%m-%d %H:%M}, or without --once"
                 )
-            if stop.told != said:
-                said = stop.told
+            if stop.text != said:
+                said = stop.text
                 self._log.info("paused by the policy", reason=said, until=stop.until.isoformat(" ", "minutes"))
             with self._metrics.during(State.RESTING):
                 await asyncio.sleep(self._check_s)
@@ -160,5 +160,5 @@ class Limits:
     async def _watch(self) -> NoReturn:
         while True:
             if (stop := self._forbidden()) is not None:
-                raise RefusedByPolicy(stop.told)
+                raise RefusedByPolicy(stop.text)
             await asyncio.sleep(self._check_s)

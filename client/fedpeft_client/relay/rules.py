@@ -1,4 +1,4 @@
-"""Suitability of a run for a relay, and the run that the edge's server holds for it. Pure."""
+"""Eligibility of a run at a relay, and the run that the edge's server holds for it. Pure."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def reasons_against(run: KnownRun, options: RelayOptions, policy: Policy) -> tup
 def _policy(run: KnownRun, policy: Policy) -> Iterator[Reason]:
     """Asks the owner's policy; what is asked of a relay is asked of its clients. It loads no weights itself."""
     for each in broken(policy, RunDemand(run, run.config.training, weights="file")):
-        yield Reason.of(RefusedByPolicy(each.here), each.told)
+        yield Reason.of(RefusedByPolicy(each.local_text), each.public_text)
 
 
 def _faults(run: KnownRun, options: RelayOptions) -> Iterator[str]:

@@ -130,7 +130,7 @@ class Verdicts:
             return None
         first = next(iter(verdicts.values())).reasons[0]
         named: Callable[[str], str] = (lambda run: f"{run}: ") if len(verdicts) > 1 else (lambda _: "")
-        text = "; ".join(named(run) + reason.here for run, v in verdicts.items() for reason in v.reasons)
+        text = "; ".join(named(run) + reason.local_text for run, v in verdicts.items() for reason in v.reasons)
         return type(first.error)(text)
 
     async def _reach(self, message: run_pb2.Run) -> Verdict:

@@ -22,29 +22,29 @@ class Finding:
     Attributes:
         check: Subject, a word or two.
         level: Severity.
-        said: The finding.
+        text: The finding.
         cure: Remedy; empty if nothing is wrong.
     """
 
     check: str
     level: Level
-    said: str
+    text: str
     cure: str = ""
 
 
-def ok(check: str, said: str) -> Finding:
+def ok(check: str, text: str) -> Finding:
     """Returns that something is as it should be."""
-    return Finding(check, Level.OK, said)
+    return Finding(check, Level.OK, text)
 
 
-def warning(check: str, said: str, cure: str) -> Finding:
+def warning(check: str, text: str, cure: str) -> Finding:
     """Returns what works, but not well, or not for long."""
-    return Finding(check, Level.WARNING, said, cure)
+    return Finding(check, Level.WARNING, text, cure)
 
 
-def fault(check: str, said: str, cure: str) -> Finding:
+def fault(check: str, text: str, cure: str) -> Finding:
     """Returns what does not work."""
-    return Finding(check, Level.FAULT, said, cure)
+    return Finding(check, Level.FAULT, text, cure)
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,13 @@ def test_a_site_that_has_what_the_run_wants_is_suited_before_and_after_the_model
 def test_data_for_another_task(run: KnownRun) -> None:
     reason = only(reasons_against(run, replace(SITE, task="text")))
     assert reason.kind == "MODEL_INVALID"
-    assert reason.told == f"the run's model {run.config.model.name} is for images, its data are for text"
-    assert "started with --data PATH" in reason.here
+    assert reason.public_text == f"the run's model {run.config.model.name} is for images, its data are for text"
+    assert "started with --data PATH" in reason.local_text
 
 
 def test_a_method_that_is_not_here(run: KnownRun) -> None:
     reason = only(reasons_against(run, replace(SITE, methods=frozenset({"lora"}))))
-    assert reason.kind == "CONFIG_INVALID" and reason.told == "there is no PEFT method 'bias'; there are: lora"
+    assert reason.kind == "CONFIG_INVALID" and reason.public_text == "there is no PEFT method 'bias'; there are: lora"
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def test_labels_that_do_not_fit_are_named_here_and_counted_there(
     run: KnownRun, changes: dict[str, dict[str, int]], here: str, told: str
 ) -> None:
     reason = only(reasons_against(run, replace(SITE, **changes)))
-    assert reason.kind == "DATA_INVALID" and here in reason.here and told in reason.told
-    assert "secret" not in reason.told
+    assert reason.kind == "DATA_INVALID" and here in reason.local_text and told in reason.public_text
+    assert "secret" not in reason.public_text
 
 
 def test_a_delta_that_protects_none_of_its_examples(run: KnownRun) -> None:
@@ -74,8 +74,8 @@ def test_a_delta_that_protects_none_of_its_examples(run: KnownRun) -> None:
 
     reason = only(reasons_against(private(1 / 600), SITE))
     assert reason.kind == "CONFIG_INVALID"
-    assert "privacy.delta is 0.00166667, which is no protection for one of 600 examples: it must" in reason.here
-    assert reason.told.endswith("one of its examples: it must be far below 1 / their number")
+    assert "privacy.delta is 0.00166667, which is no protection for one of 600 examples: it must" in reason.local_text
+    assert reason.public_text.endswith("one of its examples: it must be far below 1 / their number")
     assert reasons_against(private(1 / 601), SITE) == ()
     assert reasons_against(private(1 / 600), replace(SITE, label_map={"cat": None})) == (), "only the run's count"
     assert reasons_against(private(1 / 600), replace(SITE, trains=False)) == (), "one who scores spends nothing"
@@ -84,7 +84,7 @@ def test_a_delta_that_protects_none_of_its_examples(run: KnownRun) -> None:
 
 def test_more_unreadable_images_than_training_takes_speak_against_a_run(run: KnownRun) -> None:
     reason = only(reasons_against(run, replace(SITE, unreadable={"cat": 5, "dog": 2})))
-    assert reason.told == reason.here == "7 of 600 images cannot be read, more than 1%"
+    assert reason.public_text == reason.local_text == "7 of 600 images cannot be read, more than 1%"
     dropped = replace(SITE, unreadable={"yeti": 50}, classes={**SITE.classes, "yeti": 50}, label_map={"yeti": None})
     assert reasons_against(run, dropped) == (), "images that the run does not use do not count"
 
@@ -92,11 +92,11 @@ def test_more_unreadable_images_than_training_takes_speak_against_a_run(run: Kno
 def test_what_was_built_is_compared_with_the_run(run: KnownRun) -> None:
     other = only(reasons_against(run, replace(SITE, built=Built(run.spec, "ab" * 32))))
     assert isinstance(other.error, BackboneMismatch)
-    assert all("ab" * 32 in text and run.fingerprint in text for text in (other.told, other.here))
+    assert all("ab" * 32 in text and run.fingerprint in text for text in (other.public_text, other.local_text))
     spec = AdapterSpec.of("bias", [TensorSpec("zebra", (1,)), *run.spec.tensors])
-    assert "zebra" in only(reasons_against(run, replace(SITE, built=Built(spec, run.fingerprint)))).told
+    assert "zebra" in only(reasons_against(run, replace(SITE, built=Built(spec, run.fingerprint)))).public_text
     failed = only(reasons_against(run, replace(SITE, built=ModelInvalid("/home/eve/w.pt is no file"))))
-    assert failed.kind == "MODEL_INVALID" and "/home/eve" in failed.here and "/home" not in failed.told
+    assert failed.kind == "MODEL_INVALID" and "/home/eve" in failed.local_text and "/home" not in failed.public_text
 
 
 def test_every_reason_is_given_at_once(run: KnownRun) -> None:

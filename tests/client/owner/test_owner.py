@@ -214,7 +214,7 @@ async def test_the_bytes_of_a_day_are_kept(limits_of: LimitsOf) -> None:
     here = limits_of(Policy.model_validate({"transfer": {"max_bytes_a_day": 1000}}), Weather())
     await asyncio.wait_for(here.permit(100), 5)
     stop = here.against(101)
-    assert stop is not None and stop.told == "the bytes that its owner allows a day are used up"
+    assert stop is not None and stop.text == "the bytes that its owner allows a day are used up"
     upload = asyncio.create_task(here.permit_upload(101))
     await asyncio.sleep(0.05)
     assert not upload.done(), "until 24 hours after the last one"

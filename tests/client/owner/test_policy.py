@@ -133,9 +133,11 @@ def test_a_policy_that_is_named_must_be_there_and_one_in_the_state_directory_is_
 )
 def test_every_rule_declines_a_run_and_says_which(sections: dict[str, Any], key: str, told: str) -> None:
     (reason,) = reasons_against(RUN, replace(SITE, policy=policy(**sections)))
-    assert reason.kind == "REFUSED_BY_POLICY" and told in reason.told and isinstance(reason.error, RefusedByPolicy)
-    assert key in reason.here or key == "data.min_examples"
-    assert "60" not in reason.told, "how many images there are is private"
+    assert (
+        reason.kind == "REFUSED_BY_POLICY" and told in reason.public_text and isinstance(reason.error, RefusedByPolicy)
+    )
+    assert key in reason.local_text or key == "data.min_examples"
+    assert "60" not in reason.public_text, "how many images there are is private"
 
 
 def test_a_run_within_every_rule_is_accepted_and_absent_keys_allow() -> None:
@@ -180,7 +182,7 @@ def test_the_size_of_the_input_is_known_once_the_model_is_built() -> None:
     run = replace(RUN, config=config)
     assert reasons_against(run, site) == ()
     (reason,) = reasons_against(run, replace(site, built=Built(run.spec, run.fingerprint, 224)))
-    assert "224 pixels a side" in reason.told
+    assert "224 pixels a side" in reason.public_text
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_weights_come_from_allowed_places_only(wanted: str, weights: Any, allowe
     run = replace(RUN, config=RUN.config.model_copy(update={"model": model}))
     reasons = reasons_against(run, replace(SITE, policy=rules, weights=weights))
     assert (reasons == ()) is allowed
-    assert not any("/" in reason.told for reason in reasons)
+    assert not any("/" in reason.public_text for reason in reasons)
 
 
 def test_one_who_scores_is_not_held_to_the_rules_of_training() -> None:
@@ -261,7 +263,7 @@ def test_no_ticket_passes_beyond_the_rounds_that_were_offered_or_the_updates_tha
 def test_settings_that_are_none_are_refused_in_words_and_not_by_a_crash() -> None:
     task = pb.TrainingTask(run=RUN.id, round=1, settings=run_pb2.TrainingConfig(steps=1, epochs=1, batch_size=4))
     (reason,) = reasons_against_ticket(NO_LIMITS, RUN, task, 60, 0)
-    assert reason.kind == "CONFIG_INVALID" and "epochs or steps, not both" in reason.told
+    assert reason.kind == "CONFIG_INVALID" and "epochs or steps, not both" in reason.public_text
 
 
 ROLES = st.sampled_from((TensorRole.SENT, TensorRole.LOCAL)).flatmap(  # no tensor is both in turn
@@ -323,7 +325,7 @@ def test_hours_open_and_close_by_the_clock(minutes: int, begin: int, length: int
 )
 def test_a_low_battery_or_a_hot_machine_forbids_work(conditions: Conditions, told: str | None) -> None:
     stop = forbidden(policy(times={"min_battery_percent": 50, "max_temperature_c": 80}), conditions)
-    assert (stop.told if stop else None) == told
+    assert (stop.text if stop else None) == told
 
 
 def test_a_policy_outside_the_state_directory_is_noted_for_status(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ async def test_a_relay_that_is_locked_out_under_way_ends_as_at_its_start(
     served.double.script = [seen(a_run("run-a", version=1), a_round(2, committed=False)), refusal]
     with pytest.raises(IdentityInvalid, match=r"does not let this relay in: .* ada .*--relay-identity") as caught:
         await relay.collect()
-    assert "ada" not in Reason.of(caught.value).told
+    assert "ada" not in Reason.of(caught.value).public_text
 
 
 async def test_a_run_that_another_agent_makes_meanwhile_is_looked_at_again(served: Serving, relay: Relay) -> None:

@@ -47,7 +47,7 @@ def known(spec: AdapterSpec = SPEC, **sections: dict[str, Any]) -> KnownRun:
     ],
 )
 def test_what_makes_more_of_updates_than_their_sum_is_declined(sections: dict[str, Any], words: str) -> None:
-    told = [(reason.kind, reason.told) for reason in reasons_against(known(**sections), OPTIONS, NO_LIMITS)]
+    told = [(reason.kind, reason.public_text) for reason in reasons_against(known(**sections), OPTIONS, NO_LIMITS)]
     assert any(words in text and kind == "CONFIG_INVALID" for kind, text in told), told
 
 
@@ -56,7 +56,7 @@ def test_a_run_with_sections_is_declined() -> None:
         "bias", (*SPEC.tensors, TensorSpec("control/a", (10,), section=Section("control", 4.0, "float32")))
     )
     (reason,) = reasons_against(known(spec, **EXACT), OPTIONS, NO_LIMITS)
-    assert "of adapters alone, and the run has section 'control' beside them" in reason.told
+    assert "of adapters alone, and the run has section 'control' beside them" in reason.public_text
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_what_is_one_sum_suits(sections: dict[str, Any]) -> None:
 def test_the_owners_policy_is_held_and_knows_the_encoding_of_sums() -> None:
     policy = Policy.model_validate({"transfer": {"encodings": ["float32"]}, "model": {"hub": False}})
     (reason,) = reasons_against(known(**EXACT), OPTIONS, policy)
-    assert reason.kind == "REFUSED_BY_POLICY" and "encoding sum128" in reason.here
+    assert reason.kind == "REFUSED_BY_POLICY" and "encoding sum128" in reason.local_text
     assert known(**EXACT).upload_bounds(1) == (160, 160)
 
 

@@ -136,7 +136,7 @@ async def test_it_does_not_relay_a_run_to_its_own_server(served: Serving, worker
     served.double.runs = {parents.id: a_run(parents.id)}
     declined = await worker.ask({"op": "check", "run": parents.as_json()})
     (reason,) = declined["reasons"]
-    assert "is the run's own server" in reason["here"] and not declined["report"]
+    assert "is the run's own server" in reason["local_text"] and not declined["report"]
     served.double.runs[parents.id].config.rounds.policy = "relayed"
     assert not (await worker.ask({"op": "check", "run": parents.as_json()}))["reasons"]
 

@@ -106,7 +106,7 @@ def doctor(
 
 
 def _said(finding: Finding) -> Finding:
-    output.say(f"{finding.level:<8}{finding.check:<14}{finding.said}")
+    output.say(f"{finding.level:<8}{finding.check:<14}{finding.text}")
     if finding.cure:
         output.say(f"{'':<8}{'':<14}do: {finding.cure}")
     return finding
