@@ -35,6 +35,26 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["taken"]
 
 
+def test_what_is_appended_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    code = (
+        "import pathlib, resource, sys\n"
+        "from fedpeft.process import durable\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 1000))\n"
+        "durable.append(path, b'a' * 79 + b'\\n')\n"
+        "try:\n"
+        "    durable.append(path, b'b' * 49 + b'\\n')\n"
+        "except OSError as error:\n"
+        "    print(error.strerror, path.stat().st_size)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "durable.append(path, b'c' * 49 + b'\\n')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout == "File too large 80\n"
+    assert path.read_bytes() == b"a" * 79 + b"\n" + b"c" * 49 + b"\n"
+
+
 def test_a_file_is_its_owners_only(tmp_path: Path) -> None:
     durable.write(tmp_path / "key.pem", b"secret")
     assert (tmp_path / "key.pem").stat().st_mode & 0o777 == 0o600

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
 from fedpeft.errors import StateInvalid
-from fedpeft.simulation import clients_of, simulate
+from fedpeft.simulation import clients_of, local_trainer, simulate
 from fedpeft.simulation.progress_log import ProgressLog
 
 from ..data.test_sources import table, write
@@ -158,6 +159,22 @@ def test_another_simulation_in_the_folder_begins_anew(tmp_path, folders, change)
     simulate(settings, chosen, tmp_path, committed=lambda row: done.append(row["version"]))
     assert done == [1, 2]
     assert not (tmp_path / "unfinished").exists()
+
+
+@pytest.mark.parametrize(("began", "here", "wanted"), [("cpu", "cpu", [2]), ("auto", "cpu:0", [1, 2])])
+def test_a_simulation_goes_on_with_the_device_that_it_began_with_by_whatever_name(
+    tmp_path, folders, monkeypatch, began, here, wanted
+):
+    stopped_after_one_round(tmp_path, clients(folders), device=began)
+    monkeypatch.setattr(local_trainer, "device_of", lambda wanted: torch.device(here))
+    assert rounds_done(tmp_path, clients(folders), device="auto") == wanted
+
+
+def test_a_simulation_that_goes_on_says_how_many_rounds_there_are(tmp_path, folders):
+    resumed: list[int] = []
+    stopped_after_one_round(tmp_path, clients(folders), resumed=resumed.append)
+    assert resumed == []
+    assert rounds_done(tmp_path, clients(folders), resumed=resumed.append) == [2] and resumed == [1]
 
 
 def test_a_simulation_goes_on_where_its_data_lie_now_and_not_with_others(tmp_path, folders):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -9,7 +11,9 @@ from fedpeft.errors import ConfigInvalid
 from fedpeft.studies.cell_process import _simulate
 from fedpeft.studies.cell_trackers import CellTrackers
 from fedpeft.studies.cells import Machine, cells_of
+from fedpeft.studies.files import TRACKED
 from fedpeft.studies.study_file import load_study
+from fedpeft.tracking import tracking
 from fedpeft.tracking.tensorboard import TensorBoard
 
 from .study_texts import pets, study_file
@@ -86,6 +90,23 @@ def test_what_a_tracker_did_not_take_is_written_once_the_cells_have_ended(tmp_pa
     assert found == {"accuracy": [0, 1, 2], "payload_bytes_up": [1, 2]}
     monkeypatch.setattr(TensorBoard, "begin", lambda *_: 1 / 0)
     assert trackers.write([(cell, folder)]) == {}, "it is known to have all, and is not asked again"
+
+
+def test_a_tracker_that_does_not_answer_is_asked_for_one_cell_and_has_none_of_them(tmp_path, cells, monkeypatch):
+    folders = [tmp_path / cell.key(MACHINE) for cell in cells[:2]]
+    for cell, folder in zip(cells, folders, strict=False):
+        folder.mkdir()
+        _simulate(cell, MACHINE, folder, Events(), None)
+    trackers, answered, begun = CellTrackers("tiny", ("tensorboard",), tmp_path), threading.Event(), []
+    with monkeypatch.context() as broken:
+        broken.setattr(tracking, "END_S", 0.2)
+        broken.setattr(TensorBoard, "begin", lambda _, run: begun.append(run.id) or (answered.wait() and set()))
+        assert trackers.write(zip(cells, folders, strict=False)) == {"tensorboard": 6}
+        assert begun == [folders[0].name], "each further cell would wait as long"
+        assert not any((folder / TRACKED).exists() for folder in folders)
+        answered.set()
+    assert trackers.write(zip(cells, folders, strict=False)) == {}
+    assert len(points(tmp_path / "tensorboard")) == 2
 
 
 def test_a_tracker_that_there_is_not_is_refused_before_a_cell_runs(tmp_path):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedpeft.config import parse_config
 from fedpeft.config.overrides import merged
@@ -193,13 +194,17 @@ def test_cells_that_cannot_work_are_refused_before_one_runs(tmp_path, old, new, 
         check_cells(cells(tmp_path, STUDY.replace(old, new, 1)))
 
 
-def test_a_cell_is_named_by_its_content_alone(tmp_path):
+def test_a_cell_is_named_by_its_content_alone(tmp_path, monkeypatch):
     first, second, third, _ = cells(tmp_path)
     machine = Machine(device="cpu", threads=1)
     keys = {cell.key(machine) for cell in (first, second, third)}
     assert len(keys) == 3
     renamed = cells(tmp_path, STUDY.replace('"lora 2"', '"small lora"').replace('name = "tiny"', 'name = "other"'))
     assert renamed[2].key(machine) == third.key(machine), "names are for people"
+    monkeypatch.setattr("fedpeft.studies.cells.device_of", lambda wanted: torch.device("cpu"))
+    assert first.key(Machine(device="auto")) == first.key(machine), "by whatever name it was asked for"
+    monkeypatch.setattr("fedpeft.studies.cells.device_of", lambda wanted: torch.device("cuda:0"))
+    assert first.key(Machine(device="auto")) == first.key(Machine(device="cuda:0")) != first.key(machine)
     assert first.key(Machine(device="cpu", threads=2)) != first.key(machine), "threads decide the last bits"
     content_digest.cache_clear()
     with (tmp_path / "pets" / "test.parquet").open("ab") as file:

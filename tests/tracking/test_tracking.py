@@ -102,11 +102,24 @@ def test_a_tracker_that_does_not_answer_delays_the_end_by_a_bound(monkeypatch):
     answered, sink = threading.Event(), Sink()
     monkeypatch.setattr(sink, "begin", lambda run: answered.wait() and set())
     try:
-        _, said = follow(sink)
+        followed, said = follow(sink)
         assert [line["event"] for line in said] == [
             "waiting for tracker",
             "tracker does not answer: the run ends without it",
         ]
+        assert [line["rounds"] for line in said] == [2, 2], "also those that no call of it was made for"
+        assert followed.missed == {"sink": 2} and followed.silent == {"sink"}
+    finally:
+        answered.set()
+
+
+def test_a_tracker_that_hangs_in_its_last_call_does_not_have_everything(monkeypatch):
+    monkeypatch.setattr(tracking, "END_S", 0.05)
+    answered, sink = threading.Event(), Sink()
+    monkeypatch.setattr(sink, "end", lambda state: answered.wait())
+    try:
+        followed, _ = follow(sink)
+        assert followed.missed == {"sink": 0} and followed.silent == {"sink"}
     finally:
         answered.set()
 

@@ -65,6 +65,24 @@ def write_text(path: Path, text: str) -> None:
     write(path, text.encode(), FOR_ALL)
 
 
+def append(path: Path, data: bytes) -> None:
+    """Appends to a file: all of the data, or nothing where there is no room.
+
+    A process that is killed meanwhile may leave a part of it. Nothing is synced.
+
+    Raises:
+        OSError: If the file system refuses it; the file is as it was then.
+    """
+    with path.open("ab", buffering=0) as file:
+        before, left = os.fstat(file.fileno()).st_size, memoryview(data)
+        try:
+            while left:  # a full disk takes what it has room for, and refuses the rest
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(before)
+            raise
+
+
 @contextmanager
 def writing(path: Path, mode: int = FOR_ALL) -> Iterator[io.BufferedRandom]:
     """Opens a file, for writing and reading, that replaces `path` when the block ends and vanishes when it raises.

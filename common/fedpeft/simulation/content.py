@@ -49,7 +49,7 @@ def content_of(
         test: Digest of the held-out data; None without.
         weights: Digest of the pre-trained weights; None if no file of them is there.
         threads: Of torch.
-        device: auto, cpu, cuda or cuda:N.
+        device: cpu, cuda or cuda:N; never auto, which is another device on another machine.
     """
     return {
         "format": FORMAT,
@@ -84,7 +84,7 @@ def content_of_simulation(header: RunHeader, engine: Engine) -> Json:
         test=None if inputs.evaluation is None else _data_digest(inputs.evaluation, config, digest),
         weights=header.fingerprint,
         threads=torch.get_num_threads(),
-        device=inputs.device,
+        device=str(engine.trainer.run.device),
     )
     return {
         **content,

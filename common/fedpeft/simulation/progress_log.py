@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from fedpeft.process import durable
 from fedpeft.simulation.report import Json
 
 UNFINISHED = "unfinished"
@@ -70,8 +71,7 @@ class ProgressLog:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _append(self, line: Json) -> None:
-        with self._file.open("ab", buffering=0) as stream:  # in one piece: what is torn has no end of a line
-            stream.write(f"{json.dumps(line)}\n".encode())
+        durable.append(self._file, f"{json.dumps(line)}\n".encode())
 
 
 def _whole_lines(file: Path) -> list[Json]:

@@ -62,6 +62,7 @@ def simulate(
     reading: Reading | None = None,
     run: str = RUN,
     partition: Mapping[str, Any] | None = None,
+    resumed: Callable[[int], None] | None = None,
     committed: Callable[[Json], None] | None = None,
     worked: Callable[[int, int, int], None] | None = None,
     tracking: Tracking | None = None,
@@ -79,6 +80,7 @@ def simulate(
         reading: Settings of reading images; as in `[simulation]` if absent.
         run: Id of the run, which stands in the adapter file and the records.
         partition: Division of the data, for the report.
+        resumed: Told of the number of rounds that an earlier process committed, where the simulation goes on.
         committed: Told of every committed round, as the report has it.
         worked: Told, after every client's turn, of the round's number, how many had theirs, and how many were sampled.
         tracking: Trackers of the run; ended with it. None for none.
@@ -103,7 +105,7 @@ def simulate(
         shared = leakage(clients, evaluate, config, reading)
         header = _header(run, trainer, settings)
         with kind(trainer, settings.workers) as engine:
-            report = _ready(header, engine, out, scratch).run(committed, worked, tracked)
+            report = _ready(header, engine, out, scratch).run(resumed, committed, worked, tracked)
         tracked.end(report["state"])
         report["partition"] = None if partition is None else dict(partition)
         report["overlap"] = None if shared is None else shared.as_dict()

@@ -90,6 +90,7 @@ class SimulatedRun:
 
     def run(
         self,
+        resumed: Callable[[int], None] | None,
         committed: Callable[[Json], None] | None,
         worked: Callable[[int, int, int], None] | None,
         tracking: Tracking,
@@ -97,6 +98,8 @@ class SimulatedRun:
         """Holds all rounds; returns the report."""
         self._worked = worked
         initial, done = self._begin()
+        if resumed is not None and done:
+            resumed(len(done))
         tracking.begin(self._identity(initial), simulated=True)
         for row in done:
             tracking.round(row)

@@ -18,6 +18,7 @@ from fedpeft.adapters.adapter_file import Written
 from fedpeft.adapters.payload import Tensors
 from fedpeft.peft import TunedModel
 from fedpeft.privacy.events import Event
+from fedpeft.process import durable
 from fedpeft.process.mapped_files import mapped
 from fedpeft.rounds import record
 from fedpeft.rounds.commit import RunHeader, Stored, Update, fold_round, write_version
@@ -196,8 +197,7 @@ class Versions:
         os.replace(self._scratch / "state", self._state(number))
         os.replace(self._scratch / "adapter", self._version(number))
         self._number = number
-        with self._log.open("ab", buffering=0) as stream:  # in one piece: who is killed leaves no half of a line
-            stream.write(f"{outcome.record}\n".encode("ascii"))
+        durable.append(self._log, f"{outcome.record}\n".encode("ascii"))
         self._newest, self._state_sha256 = outcome.made, outcome.state_sha256
         self._record_sha256 = book.record_sha256 = outcome.record_sha256
         book.weights, book.metrics, book.excluded = outcome.weights, outcome.metrics, outcome.excluded

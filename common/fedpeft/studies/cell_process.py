@@ -83,6 +83,7 @@ def _simulate(cell: Cell, machine: Machine, folder: Path, events: Connection, tr
             machine.weights,
             device=machine.device,
             partition=partition,
+            resumed=events.send,
             committed=lambda row: events.send(row["version"]),
             tracking=tracking,
         )

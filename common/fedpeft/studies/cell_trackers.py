@@ -7,7 +7,8 @@ and no point of it is written twice.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from fedpeft.process import durable
 from fedpeft.studies.cells import Cell
 from fedpeft.studies.files import TRACKED
 from fedpeft.studies.results import load_report
-from fedpeft.tracking import Tracking, tracker_named, tracking_to
+from fedpeft.tracking import Tracking, tracker_named, trackers, tracking_to
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,18 @@ class CellTrackers:
             tracker_named(name, self.folder)
 
     @contextmanager
-    def of(self, cell: Cell, folder: Path) -> Iterator[Tracking]:
+    def of(self, cell: Cell, folder: Path, without: Container[str] = ()) -> Iterator[Tracking]:
         """Yields the tracking of a cell; its folder keeps which trackers have all that the block gave them.
 
         Args:
             cell: The cell.
             folder: Of its results; its name is the run's id.
+            without: Trackers that are not asked, as `Tracking` calls them.
         """
-        with tracking_to(self.names, self.folder, name=f"{self.study}: {cell.label}", run=folder.name) as tracking:
+        names = [name for name in self.names if _kind_of(name) not in without]
+        with tracking_to(names, self.folder, name=f"{self.study}: {cell.label}", run=folder.name) as tracking:
             yield tracking
-        if self.names and not tracking.missed:
+        if len(names) == len(self.names) > 0 and not tracking.missed:
             known = _known(folder)
             durable.write_text(
                 folder / TRACKED, json.dumps([*known, *(n for n in self.names if n not in known)]) + "\n"
@@ -60,25 +63,37 @@ class CellTrackers:
     def write(self, cells: Iterable[tuple[Cell, Path]]) -> dict[str, int]:
         """Writes the cells that some tracker does not have: those from before, and what one of them did not take.
 
+        A tracker that does not answer is asked for no further cell: each would wait as long.
+
         Args:
             cells: Those with results, each with its folder.
 
         Returns:
-            Number of rounds that were not written, by tracker.
+            Number of rounds that were not written, by tracker; 0 for one that did not answer their end alone.
         """
-        missed: dict[str, int] = {}
+        missed: Counter[str] = Counter()
+        silent: set[str] = set()
         for cell, folder in cells:
             if set(self.names) <= set(_known(folder)):
                 continue
             report = load_report(folder)
-            with self.of(cell, folder) as tracking:
+            for tracker in silent:
+                missed[tracker] += len(report["rounds"]) + bool(report["initial_metrics"])
+            if silent == {_kind_of(name) for name in self.names}:
+                continue
+            with self.of(cell, folder, silent) as tracking:
                 tracking.begin(report)
                 for row in report["rounds"]:
                     tracking.round(row)
                 tracking.end(report["state"])
-            for tracker, rounds in tracking.missed.items():
-                missed[tracker] = missed.get(tracker, 0) + rounds
-        return missed
+            missed.update(tracking.missed)
+            silent |= tracking.silent
+        return dict(missed)
+
+
+def _kind_of(name: str) -> str:
+    """Returns what `Tracking` calls the tracker that `NAME` or `NAME=TARGET` asks for."""
+    return trackers.get(name.partition("=")[0]).extra
 
 
 def _known(folder: Path) -> list[str]:

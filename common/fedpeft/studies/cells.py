@@ -21,6 +21,7 @@ from fedpeft.data.sources.hub import has_split, is_hub, local_path
 from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.simulation.content import content_of, name_of
 from fedpeft.studies.study_file import DATA, MOST_CELLS, DataSet, StudyFile
+from fedpeft.training.devices import device_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Machine:
     """Settings of the machine that decide a cell's bits, beside its content.
 
     Attributes:
-        device: auto, cpu, cuda or cuda:N.
+        device: cpu, cuda or cuda:N; where auto is given, the device that this is here.
         threads: Of torch.
         weights: A file, or a folder of files, that stands for the weights that runs name.
         over_network: True if a server and agents hold the run, and not a simulation.
@@ -38,6 +39,10 @@ class Machine:
     threads: int = 1
     weights: Path | None = None
     over_network: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device == "auto":
+            object.__setattr__(self, "device", str(device_of(self.device)))
 
 
 @dataclass(frozen=True)

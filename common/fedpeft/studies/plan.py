@@ -1,7 +1,8 @@
 """The plan of a study: cells, bytes and time before anything runs, from one short round of each kind of cell.
 
-A kind is a run file without its rounds, seed and division of data: one client of it is trained for one round, from
-which every figure is taken. Bytes are exact for dense encodings; what a sparse one leaves out depends on the values.
+A kind is a run file without its rounds, seed and division of data: one client of it is trained for one round, or as
+many as `AT_ONCE` where its engine trains several at once. Every figure is taken from that round. Bytes are exact for
+dense encodings; what a sparse one leaves out depends on the values.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.errors import TrainingFailed
 from fedpeft.models.tasks import task_of
 from fedpeft.simulation import clients_of, reading_of
@@ -24,6 +25,11 @@ from fedpeft.studies.checks import division_key
 from fedpeft.studies.execution import start
 from fedpeft.studies.files import CELLS, REPORT
 from fedpeft.studies.results import ended
+
+AT_ONCE = 16
+"""Most clients of the round that is timed, where the engine trains several at once."""
+DIVISION = frozenset(("clients", "partition", "alpha", "variant", "shards", "column", "examples"))
+"""Fields of `[simulation]` that divide the data, which changes nothing of the time for one example."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def plan_of(
 
 
 def _kind_of(config: RunConfig) -> str:
-    return config.model_dump_json(exclude={"name": True, "rounds": True, "simulation": True})
+    return config.model_dump_json(exclude={"name": True, "rounds": True, "simulation": set(DIVISION)})
 
 
 def _mean_examples(cell: Cell) -> float:
@@ -113,8 +119,10 @@ def _planned(cell: Cell, kind: Kind, examples: float, *, done: bool) -> CellPlan
 
 
 def _measured(cell: Cell, machine: Machine) -> Kind:
-    """Trains one client of a cell for one round, in a process of its own."""
-    rounds = {"count": 1, "clients": 1, "quorum": None, "min_available": None, "over_selection": 0.0}
+    """Holds the round of a cell that is timed, in a process of its own."""
+    simulated = cell.config.simulation or SimulationConfig()
+    clients = 1 if simulated.engine == "inprocess" else min(cell.config.rounds.clients, AT_ONCE)
+    rounds = {"count": 1, "clients": clients, "quorum": None, "min_available": None, "over_selection": 0.0}
     config = cell.config.model_copy(update={"rounds": cell.config.rounds.model_copy(update=rounds)})
     with tempfile.TemporaryDirectory(prefix="fedpeft-plan-") as name:
         folder = Path(name)
@@ -136,9 +144,9 @@ def _kind(report: dict[str, Any], wall_s: float) -> Kind:
     if not report["rounds"]:
         raise TrainingFailed(f"the round that was timed ended as {report['state']}: {report['reason']}")
     (row,) = report["rounds"]
-    (ticket,) = (each for each in row["tickets"] if each["state"] == "received")
+    received = [each for each in row["tickets"] if each["state"] == "received"]
     versions = 2 if report["initial_metrics"] else 0
     score_s = max(report["seconds"] - row["seconds"], 0.0) / versions if versions else 0.0
     start_s = max(wall_s - row["seconds"] - versions * score_s, 0.0)
-    up, down = row["payload_bytes_up"], row["payload_bytes_down"]
-    return Kind(start_s, row["seconds"] / ticket["examples"], score_s, up, down)
+    up, down = (round(row[f"payload_bytes_{way}"] / len(received)) for way in ("up", "down"))
+    return Kind(start_s, row["seconds"] / sum(each["examples"] for each in received), score_s, up, down)

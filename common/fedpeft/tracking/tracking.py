@@ -70,19 +70,24 @@ class Tracking:
         if self._is_open:
             self._is_open = False
             for sink in self._sinks:
-                sink.put(state)
+                sink.end(state)
             deadline = time.monotonic() + END_S
             for sink in self._sinks:
                 sink.join(deadline)
 
     @property
     def missed(self) -> dict[str, int]:
-        """Number of rounds that were not written, by tracker, of those that missed any."""
-        return {sink.name: len(sink.pending) for sink in self._sinks if sink.pending}
+        """Number of rounds that were not written, by tracker; 0 for one that did not answer the end alone."""
+        return {sink.name: len(sink.owed) for sink in self._sinks if sink.owed or sink.is_silent}
+
+    @property
+    def silent(self) -> frozenset[str]:
+        """Trackers that did not answer until `end` gave up waiting."""
+        return frozenset(sink.name for sink in self._sinks if sink.is_silent)
 
     def _put(self, number: int, figures: Json, moment: str | None) -> None:
         for sink in self._sinks:
-            sink.put((number, (dict(figures), seconds_of(moment or ""))))
+            sink.put(number, (dict(figures), seconds_of(moment or "")))
 
     def __enter__(self) -> Self:
         return self
@@ -104,26 +109,41 @@ def tracking_to(names: Iterable[str], folder: Path, *, name: str = "", run: str 
 
 
 class _Sink:
-    """A tracker in a thread of its own. What it did not take is offered again with the next round, and at the end."""
+    """A tracker in a thread of its own. What it did not take is offered again with the next round, and at the end.
+
+    Attributes:
+        name: Of the tracker.
+        owed: Figures by round that are not written: also those that wait while the tracker is in a call.
+        is_silent: True once `join` gave up waiting.
+    """
 
     def __init__(self, tracker: Tracker) -> None:
         self.name = type(tracker).extra
-        self.pending: dict[int, Figures] = {}
+        self.owed: dict[int, Figures] = {}
+        self.is_silent = False
+        self._lock = threading.Lock()  # of `owed`, which both threads change
         self._tracker = tracker
         self._run: TrackedRun | None = None
         self._written: set[Point] | None = None
         self._failures = 0
-        self._queue: queue.Queue[TrackedRun | tuple[int, Figures] | str] = queue.Queue()
+        self._queue: queue.Queue[str | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
 
     def begin(self, run: TrackedRun) -> None:
         """Adds the run; the tracker's thread begins."""
-        self._queue.put(run)
+        self._run = run
+        self._queue.put(None)
         self._thread.start()
 
-    def put(self, item: tuple[int, Figures] | str) -> None:
-        """Adds figures of a round, or the state in which the run ends."""
-        self._queue.put(item)
+    def put(self, number: int, figures: Figures) -> None:
+        """Adds figures of a round."""
+        with self._lock:
+            self.owed[number] = figures
+        self._queue.put(None)
+
+    def end(self, state: str) -> None:
+        """Adds the state in which the run ends."""
+        self._queue.put(state)
 
     def join(self, deadline: float) -> None:
         """Waits for the end, which was put; says that it did not come, or what was not written."""
@@ -132,47 +152,49 @@ class _Sink:
         self._thread.join(min(SILENT_S, max(0.0, deadline - time.monotonic())))
         if self._thread.is_alive():
             left_s = max(0.0, deadline - time.monotonic())
-            log.info("waiting for tracker", tracker=self.name, rounds=len(self.pending), at_most_s=round(left_s))
+            log.info("waiting for tracker", tracker=self.name, rounds=len(self.owed), at_most_s=round(left_s))
             self._thread.join(left_s)
-        if self._thread.is_alive():
-            log.warning("tracker does not answer: the run ends without it", tracker=self.name, rounds=len(self.pending))
-        elif self.pending:
-            log.warning("tracker misses rounds", tracker=self.name, rounds=len(self.pending), failures=self._failures)
+        self.is_silent = self._thread.is_alive()
+        if self.is_silent:
+            log.warning("tracker does not answer: the run ends without it", tracker=self.name, rounds=len(self.owed))
+        elif self.owed:
+            log.warning("tracker misses rounds", tracker=self.name, rounds=len(self.owed), failures=self._failures)
 
     def _work(self) -> None:
-        while not isinstance(item := self._queue.get(), str):
-            if isinstance(item, TrackedRun):
-                self._run = item
-            else:
-                number, figures = item
-                self.pending[number] = figures
-            if self._run is not None and self._queue.empty():
-                self._write(self._run)
-        if self._run is not None:
-            self._write(self._run)
-            if self.pending:
-                self._write(self._run)
-            if self._written is not None:
-                self._attempt(lambda: self._tracker.end(item))
+        while (state := self._queue.get()) is None:
+            if self._queue.empty():
+                self._write()
+        self._write()
+        if self.owed:
+            self._write()
+        if self._written is not None:
+            self._attempt(lambda: self._tracker.end(state))
 
-    def _write(self, run: TrackedRun) -> None:
-        """Writes all that is pending. A round that fails keeps none back; after two, the sink is given a rest."""
-        if self._written is None and not self._attempt(lambda: self._begin(run)):
+    def _write(self) -> None:
+        """Writes all that is owed. A round that fails keeps none back; after two, the sink is given a rest."""
+        assert self._run is not None  # the thread begins with the run
+        if self._written is None and not self._attempt(partial(self._begin, self._run)):
             return
         failed = False
-        for number in sorted(self.pending):
-            if self._attempt(partial(self._write_round, number)):
-                del self.pending[number]
-            elif failed:
-                return
-            failed = number in self.pending
+        with self._lock:
+            owed = sorted(self.owed.items())
+        for number, figures in owed:
+            if not self._attempt(partial(self._write_round, number, figures)):
+                if failed:
+                    return
+                failed = True
+                continue
+            failed = False
+            with self._lock:
+                if self.owed[number] is figures:  # none that came meanwhile
+                    del self.owed[number]
 
     def _begin(self, run: TrackedRun) -> None:
         self._written = self._tracker.begin(run)
 
-    def _write_round(self, number: int) -> None:
+    def _write_round(self, number: int, owed: Figures) -> None:
         assert self._written is not None
-        key, (figures, at) = self._tracker.key, self.pending[number]
+        key, (figures, at) = self._tracker.key, owed
         new = {name: value for name, value in figures.items() if (number, key(name)) not in self._written}
         if new:
             self._tracker.round(number, new, at)

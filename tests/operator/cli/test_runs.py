@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fedpeft.api import following, operator_client
+from fedpeft.api import following, operator_client, views
 from fedpeft.api.narration import committed_line
 from fedpeft.errors import Draining, Internal, RunNotFound
 from fedpeft.v1 import federation_service_pb2 as federation
@@ -244,11 +244,14 @@ def test_track_writes_each_point_once_however_often_it_is_called(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(tmp_path)
+    made, round_json = [], views.round_json
+    monkeypatch.setattr(views, "round_json", lambda each, run: made.append(each.number) or round_json(each, run))
     for _ in range(2):
         served.double.runs = {RUN: a_run()}
         served.double.script = watch_script()
         ended = fedpeft("run", "track", RUN, "--to", "tensorboard")
         assert ended.code == 0 and "version 2 scored: accuracy 75.0 %" in ended.out
+    assert made == 2 * [1, 1, 2], "a change costs the rounds that it brings, not all that are committed"
     events = EventAccumulator(str(tmp_path / "tensorboard" / f"emoji-{RUN}")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("accuracy")] == [(0, 0.25), (1, 0.5), (2, 0.75)]
     assert [(e.step, e.value) for e in events.Scalars("wire_bytes_up")] == [(1, 600.0), (2, 600.0)]

@@ -173,6 +173,25 @@ def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_
     assert left == {"adapter.safetensors", "records.jsonl", "unfinished"}
 
 
+def test_ctrl_c_counts_the_rounds_of_before(tmp_path, capfd, monkeypatch):
+    whole = write(tmp_path / "whole.parquet", table(30))
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    command = ["simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out")]
+    committed = progress.Progress.committed
+
+    def interrupted(shown, *of_it):
+        if len(of_it) == 1:
+            committed(shown, *of_it)
+        raise KeyboardInterrupt
+
+    for event in ("committed", "worked"):  # once after the first round, then within the second
+        monkeypatch.setattr(progress.Progress, event, interrupted)
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--device", "cpu"])
+        assert ended.value.code == 130
+        assert "fedpeft: interrupted after 1 of 2 rounds, whose results" in capfd.readouterr().err
+
+
 def test_the_command_ends_with_5_where_the_run_is_paused(tmp_path, capfd, monkeypatch):
     whole = write(tmp_path / "whole.parquet", table(30))
     (tmp_path / "run.toml").write_text(RUN_FILE)

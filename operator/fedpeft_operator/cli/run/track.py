@@ -69,7 +69,6 @@ async def _tracked(session: Session, run: str, tracking: Tracking) -> str:
         elif report["initial_metrics"] != initial:
             tracking.initial(report)
         begun, initial = True, report["initial_metrics"]
-        for row in (views.round_json(each, snapshot.run) for each in snapshot.committed):
-            if row["version"] in snapshot.changed:
-                tracking.round(row)
+        for each in views.committed(snapshot.rounds[number] for number in snapshot.changed):
+            tracking.round(views.round_json(each, snapshot.run))
     return state

@@ -80,6 +80,7 @@ def simulate(
             device=device,
             reading=reading,
             partition=partition,
+            resumed=progress.resumed,
             committed=progress.committed,
             worked=progress.worked,
             tracking=tracking,

@@ -27,6 +27,10 @@ class Progress:
         """Number of committed rounds, in words."""
         return f"{self._last} of {formatting.counted(self._count, 'round')}"
 
+    def resumed(self, rounds: int) -> None:
+        """Takes the number of rounds that an earlier process committed."""
+        self._last = rounds
+
     def committed(self, row: views.Json) -> None:
         """Takes a committed round, as the report has it."""
         self._last = int(row["version"])

@@ -76,7 +76,8 @@ def run(
         output.note(f"fedpeft: interrupted: {out} keeps {progress.words}; the same command goes on with the others")
         raise typer.Exit(Exit.INTERRUPTED) from None
     for tracker, rounds in missed.items():
-        output.note(f"fedpeft: {tracker} misses {formatting.counted(rounds, 'round')}; the same command writes them")
+        what, them = (formatting.counted(rounds, "round"), "them") if rounds else ("the end of a cell", "it")
+        output.note(f"fedpeft: {tracker} misses {what}; the same command writes {them}")
     files = write_report(load_results(out), out / "report")
     failed = [done for done in ended if done.failure]
     output.say(f"{study.name}: {formatting.counted(len(cells) - len(failed), 'cell')} of {len(cells)} with results")
