@@ -226,7 +226,8 @@ class AwaitRoundRequest(_message.Message):
     @_builtins.property
     def left_out(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Runs that the client leaves out of this call, because work for them fails: it gets no ticket, version or offer of them,
-        and is not sampled for them. Of more than 32 the first are looked at.
+        and is not sampled for them. Of more than 32 the first are looked at; text that
+        has not the form of a run's id names none.
         """
 
     def __init__(

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from fedpeft.identity.subject import Role, Subject
+from fedpeft.identity.subject import Subject
 from fedpeft_server.access.admission import Admission
 from fedpeft_server.background import Background
 from fedpeft_server.daemons.presence import Presence
@@ -138,11 +138,11 @@ class Follower:
         self._runs.scoring.reread_all()
 
     async def _follow_runs(self, keys: Sequence[Any]) -> None:
-        for run in dict.fromkeys(map(str, keys)):
+        for run in dict.fromkeys(keys):
             await self._runs.follow(run)
 
     async def _follow_clients(self, keys: Sequence[Any]) -> None:
-        clients = list(dict.fromkeys(map(str, keys)))
+        clients = list(dict.fromkeys(keys))
         await self._take_up_clients(await self._store.transact(self._store.db.clients_named, clients))
 
     async def _take_up_clients(self, rows: Sequence[ClientRow]) -> None:
@@ -151,7 +151,7 @@ class Follower:
                 self._runs.follow_registration(registered.client, registered.before, registered.role)
 
     async def _follow_answers(self, keys: Sequence[Any]) -> None:
-        pairs = list(dict.fromkeys((str(run), str(client)) for run, client in keys))
+        pairs = list(dict.fromkeys(keys))
         await self._take_up_answers(await self._store.transact(self._store.db.answers_of, pairs))
 
     async def _take_up_answers(self, answers: Sequence[AnswerRow]) -> None:
@@ -178,7 +178,7 @@ class Follower:
                 await engine.withdraw(ticket, "; ".join(answer.reasons), SERVER)
 
     async def _follow_identities(self, keys: Sequence[Any]) -> None:
-        subjects = [Subject(Role(role), str(name)) for role, name in dict.fromkeys(map(tuple, keys))]
+        subjects = [Subject(role, name) for role, name in dict.fromkeys(keys)]
         found = [await self._store.transact(self._store.db.identities.of, subject) for subject in subjects]
         await self._take_up_identities([row for row in found if row is not None])
 
@@ -205,7 +205,7 @@ class Follower:
             await self._runs.show_scores(run, version)
 
     async def _follow_evaluators(self, keys: Sequence[Any]) -> None:
-        for evaluator in dict.fromkeys(map(str, keys)):
+        for evaluator in dict.fromkeys(keys):
             self._runs.scoring.reread(evaluator)
             for run in self._runs.scoring.runs_of(evaluator):
                 self._runs.watchers.announce(run)

@@ -85,10 +85,10 @@ class Presence:
             case Topic.SEATS:
                 self._lobby.seat_elsewhere(daemon, map(_seat, notice.keys))
             case Topic.ALIVE:
-                self._progress.upload_elsewhere(daemon, list(map(str, notice.keys)))
+                self._progress.upload_elsewhere(daemon, notice.keys)
             case Topic.PROGRESS:
                 for ticket, *report in notice.keys:
-                    self._progress.follow_report(str(ticket), Report(*map(int, report)))
+                    self._progress.follow_report(ticket, Report(*report))
             case Topic.BYE:
                 self._forget(daemon)
 
@@ -175,4 +175,4 @@ def _key(client: str, seat: Seat | None) -> list[Any]:
 
 def _seat(key: Sequence[Any]) -> tuple[str, Seat | None]:
     client, *rest = key
-    return str(client), Seat(str(rest[0]), frozenset(map(str, rest[1]))) if rest else None
+    return client, Seat(rest[0], frozenset(rest[1])) if rest else None

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Collection
 from functools import partial
 
-from fedpeft import PROTOCOL, __version__, seeds
+from fedpeft import PROTOCOL, __version__, ids, seeds
 from fedpeft.adapters.payload import chunks
 from fedpeft.config import PLAIN
 from fedpeft.errors import (
@@ -134,7 +134,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         look = self._evaluation if role == "evaluator" else self._training
         if request.run:
             await self._runs.look_up(request.run)
-        left_out = frozenset(request.left_out[:MAX_LEFT_OUT])
+        left_out = frozenset(run for run in request.left_out[:MAX_LEFT_OUT] if ids.RUN.fullmatch(run))
         until = time.monotonic() + max(HOLD_S, min(request.hold_s, LONGEST_HOLD_S))
         while True:
             found = await look(client, request.run, left_out)

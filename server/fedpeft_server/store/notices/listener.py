@@ -89,7 +89,9 @@ class Listener:
             async for notification in connection.notifies(timeout=self._timing.daemon_gone_s):
                 silent = False
                 notice = Notice.parse(notification.payload)
-                if notice is not None and notice.sender != self._own:
+                if notice is None:
+                    log.warning("this is no notice of a server of this release", text=notification.payload[:80])
+                elif notice.sender != self._own:
                     self._heard(notice)
             if silent:
                 raise TimeoutError(f"nothing was heard for {self._timing.daemon_gone_s:g} s")

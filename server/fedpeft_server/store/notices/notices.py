@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import structlog
+from pydantic import NonNegativeInt, TypeAdapter
 from sqlalchemy import Connection, text
+
+from fedpeft.identity.subject import Role
+
+log = structlog.get_logger()
 
 PAYLOAD_BYTES = 7900
 """Longest payload; PostgreSQL takes less than 8000 bytes."""
@@ -25,7 +31,10 @@ _TELL = text(f"SELECT pg_notify('{CHANNEL}' || current_schema(), :payload)")
 
 
 class Topic(StrEnum):
-    """Subjects of notices, with the form of their keys."""
+    """Subjects of notices, with the form of their keys.
+
+    The form of a topic does not change: keys of another form are another topic, which older daemons pass over.
+    """
 
     RUN = "run"
     """A run was made, changed or deleted: its id."""
@@ -55,6 +64,27 @@ class Topic(StrEnum):
     """A daemon shuts down."""
 
 
+_FORMS: Mapping[Topic, TypeAdapter[Any]] = {
+    Topic.RUN: TypeAdapter(tuple[str, ...]),
+    Topic.CLIENT: TypeAdapter(tuple[str, ...]),
+    Topic.ANSWER: TypeAdapter(tuple[tuple[str, str], ...]),
+    Topic.IDENTITY: TypeAdapter(tuple[tuple[Role, str], ...]),
+    Topic.SCORED: TypeAdapter(tuple[tuple[str, NonNegativeInt, str, str], ...]),
+    Topic.EVALUATOR: TypeAdapter(tuple[str, ...]),
+    Topic.REMOVED: TypeAdapter(tuple[tuple[str, NonNegativeInt], ...]),
+    Topic.HELLO: TypeAdapter(tuple[str, ...]),
+    Topic.ALIVE: TypeAdapter(tuple[str, ...]),
+    Topic.PROGRESS: TypeAdapter(
+        tuple[tuple[str, NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt], ...]
+    ),
+    Topic.SEATS: TypeAdapter(tuple[tuple[str] | tuple[str, str, tuple[str, ...]], ...]),
+    Topic.ALL_SEATS: TypeAdapter(tuple[()]),
+    Topic.BYE: TypeAdapter(tuple[()]),
+}
+"""Form of the keys of each topic."""
+_TEXT = TypeAdapter(tuple[str, Topic, list[Any]])
+
+
 @dataclass(frozen=True, slots=True)
 class Notice:
     """News from one daemon to the others.
@@ -70,12 +100,15 @@ class Notice:
     keys: tuple[Any, ...]
 
     def payloads(self) -> Iterator[str]:
-        """Yields it as texts that PostgreSQL takes."""
+        """Yields it as texts that PostgreSQL takes; a key that is too long for one is left out, and logged."""
         room = PAYLOAD_BYTES - len(_text(self.sender, self.topic, []))
         some: list[Any] = []
         taken = 0
         for key in self.keys:
             size = len(json.dumps(key, separators=(",", ":"))) + 1  # JSON's escapes leave only ASCII
+            if size > room:
+                log.error("a notice to other servers is too long", topic=self.topic, bytes=size)
+                continue
             if some and taken + size > room:
                 yield _text(self.sender, self.topic, some)
                 some, taken = [], 0
@@ -85,11 +118,11 @@ class Notice:
 
     @classmethod
     def parse(cls, payload: str) -> Notice | None:
-        """Returns the notice of a text; None if it is none that this release knows."""
+        """Returns the notice of a text; None if it is none that this release knows: anybody may write to a channel."""
         try:
-            sender, topic, keys = json.loads(payload)
-            return cls(str(sender), Topic(topic), tuple(keys))
-        except (ValueError, TypeError):
+            sender, topic, keys = _TEXT.validate_json(payload)
+            return cls(sender, topic, _FORMS[topic].validate_python(keys))
+        except ValueError:
             return None
 
 
