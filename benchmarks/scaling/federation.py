@@ -44,6 +44,7 @@ SHOWN = {
     "cores_folds": ("for folds", 1),
     "cores_seats": ("for what daemons tell each other", 1),
     "cores_sampling": ("for sampling", 1),
+    "cores_counting": ("for counting the registered devices by their silence", 1),
     "transactions_s": ("transactions of the database, reading ones too", 1),
     "statements_s": ("SQL statements", 1),
     "bucket_requests_s": ("requests to the bucket", 1),
@@ -275,17 +276,19 @@ def needs(s: Scenario, load: Load, daemons: int) -> dict[str, float]:
     # Every daemon hears of each device that comes, goes, is sampled or done, and samples from all that wait.
     seats = 2 * (load.arrivals + load.pulls) * cpu["seat"] * daemons
     sampling = load.rounds * load.present * cpu["sampling_waiting"]
+    counting = s.devices * cpu["count_known"] / COSTS["count_every_s"] * daemons
     statements = COSTS["statements"]
     size, wire = COSTS["payload_bytes"], COSTS["wire_over_payload"]
     of_update = load.uploads * (rows["push"] + rows["commit"]) + load.pulls * rows["pull"]
     return {
-        "cores": joins + polls + work + folds + seats + sampling,
+        "cores": joins + polls + work + folds + seats + sampling + counting,
         "cores_joins": joins,
         "cores_polls": polls,
         "cores_updates": work,
         "cores_folds": folds,
         "cores_seats": seats,
         "cores_sampling": sampling,
+        "cores_counting": counting,
         "memory_of_daemon_bytes": memory["daemon"]
         + s.devices * memory["known"]
         + load.present / daemons * memory["waiting"],
@@ -310,9 +313,10 @@ def daemons_for(s: Scenario, load: Load) -> dict[str, int]:
     """
     by_waiting = math.ceil(load.present / s.waiting)
     alone = needs(s, load, 1)
-    shared, each = alone["cores"] - alone["cores_seats"], alone["cores_seats"]
+    each = alone["cores_seats"] + alone["cores_counting"]
+    shared = alone["cores"] - each
     if each >= s.busy:
-        raise ValueError(f"no number of daemons is enough: each needs {each:.2f} cores to hear of the devices")
+        raise ValueError(f"no number of daemons is enough: each needs {each:.2f} cores to hear of the devices and to count them")
     by_cores = math.ceil(shared / (s.busy - each))
     by_transfers = math.ceil(max(load.pulls, load.uploads) * transfer_s(s) / s.transfers)
     return {"waiting": by_waiting, "cores": by_cores, "transfers": by_transfers}

@@ -313,8 +313,10 @@ def _register(url: str, run: str, devices: int) -> None:
 def pieces(chosen: Any) -> Any:
     """Measures parts of the core alone, in this process."""
     from fedpeft_server.daemons.presence import _seat
+    from fedpeft_server.rpc.sessions import Sessions
     from fedpeft_server.runs.lobby import Lobby
     from fedpeft_server.store.notices.notices import Notice, Topic
+    from fedpeft_server.store.rows import ClientRow
     from fedpeft_server.timing import TIMING
 
     names = [f"device-{number:07}" for number in range(chosen.devices)]
@@ -337,9 +339,15 @@ def pieces(chosen: Any) -> Any:
         assert notice is not None
         lobby.seat_elsewhere(notice.sender, map(_seat, notice.keys))
     seats = time.process_time() - began
+    known = [ClientRow(name, "ab" * 16, "trainer", b"", 1.0, float(at)) for at, name in enumerate(names)]
+    sessions = Sessions(known, len(known), TIMING)
+    began = time.process_time()
+    asyncio.run(sessions.silences(len(known) / 2, lobby.waits_elsewhere))
+    counting = time.process_time() - began
     return {
         "sampling_each_waiting_s": round(sampling / chosen.devices, 9),
         "seat_each_s": round(seats / chosen.devices, 9),
+        "count_each_s": round(counting / chosen.devices, 9),
         "notices_each": round(len(texts) / chosen.devices, 6),
     }
 

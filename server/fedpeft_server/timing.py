@@ -28,6 +28,7 @@ class Timing:
         session_silent_s: A registered client counts as silent after so long without a call. It says how far it is
             every few seconds while it trains, and asks again at once when a poll, held 600 s at most, was answered.
         session_gone_s: A client that has not called for so long was switched off, and is nobody's alarm any more.
+        clients_count_s: Between two counts of the registered clients by how long they have not called.
         lobby_linger_s: A client whose poll was just answered still counts as waiting for so long: it asks again.
         matching_check_s: Between two looks at the lobby without a reason: clients that lingered may have gone.
         waiting_look_s: A round that is not open after so long gets a deadline.
@@ -91,6 +92,7 @@ class Timing:
     session_alive_s: float = 30.0
     session_silent_s: float = 120.0
     session_gone_s: float = 86_400.0
+    clients_count_s: float = 30.0
     lobby_linger_s: float = 2.0
     matching_check_s: float = 1.0
     waiting_look_s: float = 60.0

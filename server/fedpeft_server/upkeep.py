@@ -28,6 +28,7 @@ class Upkeep:
         parts, timing, background = self._parts, self._timing, self._parts.background
         background.every("traffic", timing.traffic_write_s, self._write_activity)
         background.supervise("traffic", self._write_payloads())
+        background.every("clients", timing.clients_count_s, self._count_clients)
         background.every("database", timing.database_check_s, self._check_database)
         background.every("certificate", timing.certificate_check_s, parts.refresh.refresh)
         background.every("certificate files", timing.certificate_files_check_s, parts.refresh.take_up)
@@ -54,13 +55,16 @@ class Upkeep:
 
     async def _write_activity(self) -> None:
         sessions, now = self._parts.sessions, self._store.clock.time()
-        waits_elsewhere = self._parts.runs.lobby.waits_elsewhere
-        self._parts.metrics.registered(sessions.silences(now, waits_elsewhere))
         await write_activity(self._parts.byte_counter, sessions, self._store)
         if self._store.db.is_shared:  # others write as often
             seen = await self._store.transact(self._store.db.clients_seen, now - 4 * self._timing.traffic_write_s)
             sessions.note_seen(seen)
             await self._parts.runs.show_traffic()
+
+    async def _count_clients(self) -> None:
+        waits_elsewhere = self._parts.runs.lobby.waits_elsewhere
+        counts = await self._parts.sessions.silences(self._store.clock.time(), waits_elsewhere)
+        self._parts.metrics.registered(counts)
 
     async def _write_payloads(self) -> None:
         """Writes traffic soon after a payload moved: what is not written is lost if the process is killed."""

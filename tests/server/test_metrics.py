@@ -201,11 +201,11 @@ def named(counts: Mapping[tuple[str, ...], float]) -> Counter[str]:
     return Counter({"_".join(labels): int(value) for labels, value in counts.items()})
 
 
-def test_clients_are_counted_by_when_they_last_called() -> None:
+async def test_clients_are_counted_by_when_they_last_called() -> None:
     now = time.time()
     ages = {"a": 5, "b": 119, "c": 121, "d": 86_399, "e": 86_401}
     known = [client_row(name, "trainer", now - age) for name, age in ages.items()]
-    silences = Sessions([*known, client_row("judge", "evaluator", now)], 10, TIMING).silences(now)
+    silences = await Sessions([*known, client_row("judge", "evaluator", now)], 10, TIMING).silences(now)
     counts = Counter(trainer_present=2, trainer_silent=2, trainer_gone=1, evaluator_present=1)
     assert named(silences) == counts
     metrics = Metrics()
@@ -214,6 +214,22 @@ def test_clients_are_counted_by_when_they_last_called() -> None:
     assert named(shown) == counts
     assert len(shown) == 6
     assert tuple(Silence) == metrics_module._SILENCES
+
+
+async def test_very_many_clients_are_counted_beside_other_work() -> None:
+    now, turns = time.time(), 0
+
+    async def other_work() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    sessions = Sessions([client_row(f"c{number}", "trainer", now) for number in range(20_000)], 20_000, TIMING)
+    other = asyncio.create_task(other_work())
+    assert named(await sessions.silences(now)) == Counter(trainer_present=20_000)
+    other.cancel()
+    assert turns >= 20
 
 
 async def test_a_client_whose_call_is_held_is_present_and_one_that_is_heard_no_more_falls_silent(
@@ -225,12 +241,12 @@ async def test_a_client_whose_call_is_held_is_present_and_one_that_is_heard_no_m
         while not daemon.server.runs.lobby.is_waiting("b"):
             await asyncio.sleep(0.01)
     silences = daemon.server.sessions.silences
-    assert named(silences(time.time())) == Counter(trainer_present=2)
-    assert named(silences(time.time() + 1000)) == Counter(trainer_present=1, trainer_silent=1)
+    assert named(await silences(time.time())) == Counter(trainer_present=2)
+    assert named(await silences(time.time() + 1000)) == Counter(trainer_present=1, trainer_silent=1)
     held.cancel()
     await asyncio.wait({held})
     await a.register()
-    assert named(silences(time.time())) == Counter(trainer_present=2)
+    assert named(await silences(time.time())) == Counter(trainer_present=2)
 
 
 async def test_after_a_restart_a_run_that_is_over_has_gauges_and_counts_nothing(start: StartDaemon) -> None:

@@ -30,6 +30,8 @@ from fedpeft_server.tasks import ended, succeeded
 from fedpeft_server.timing import Timing
 from fedpeft_server.uploads.incoming import Context
 
+AT_ONCE = 1000
+"""Clients that are counted before other work has its turn."""
 _CERTIFIED = {"trainer": Role.CLIENT, "evaluator": Role.EVALUATOR}
 
 
@@ -290,24 +292,27 @@ class Sessions:
                 session.seen_at = max(session.seen_at, at)
                 session.moved = max(session.moved, at + ahead)
 
-    def silences(
+    async def silences(
         self, now: float, waits_elsewhere: Callable[[str], bool] = lambda _: False
     ) -> Counter[tuple[str, str]]:
         """Returns how many clients registered in each role, by how long they have not called at time `now`.
 
-        One that waits with another daemon is present there, however long ago its call began.
+        One that waits with another daemon is present there, however long ago its call began. Other work has its turn
+        between the clients, so those that come or go meanwhile may be counted or not.
         """
         silent, gone = now - self._timing.session_silent_s, now - self._timing.session_gone_s
-        calling = {client for client, p in self._sessions.items() if p.calls or waits_elsewhere(client)}
-        of_role = [(client, p) for client, p in self._sessions.items() if p.role]
-        present = Counter(p.role for client, p in of_role if client in calling or p.seen_at > silent)
-        lost = Counter(p.role for client, p in of_role if client not in calling and p.seen_at <= gone)
-        known = Counter(p.role for _, p in of_role)
         counts: Counter[tuple[str, str]] = Counter()
-        for role, number in known.items():
-            counts[role, Silence.PRESENT] = present[role]
-            counts[role, Silence.GONE] = lost[role]
-            counts[role, Silence.SILENT] = number - present[role] - lost[role]
+        for number, client in enumerate(list(self._sessions), 1):
+            if number % AT_ONCE == 0:
+                await asyncio.sleep(0)
+            session = self._sessions.get(client)
+            if session is None or not session.role:
+                continue
+            if session.seen_at > silent or session.calls or waits_elsewhere(client):
+                silence = Silence.PRESENT
+            else:
+                silence = Silence.GONE if session.seen_at <= gone else Silence.SILENT
+            counts[session.role, silence] += 1
         return counts
 
     async def write(self, store: Store) -> None:

@@ -316,7 +316,7 @@ async def test_who_leaves_is_answered_given_back_and_awaited_no_more(secured: Fe
     assert {t.client: t.reason for t in round_.tickets}["a"] == "it left"
     told = [(e.actor, e.action) for e in await secured.audit() if e.object == "client a"]
     assert told[-1] == ("client a", "identity.left")
-    registered = secured.server.sessions.silences(time.time())
+    registered = await secured.server.sessions.silences(time.time())
     assert sum(count for (role, _), count in registered.items() if role == "trainer") == 1, "b alone"
     await clients["b"].push(tasks["b"].ticket, filled(1.0))
 
@@ -334,6 +334,6 @@ async def test_who_left_is_not_counted_as_silent_after_a_restart_and_comes_back_
         await RawClient(channel, "a").register()
         await before.access(channel).Leave(access.LeaveRequest())
     async with federation(tmp_path) as after:
-        assert not after.server.sessions.silences(time.time())
+        assert not await after.server.sessions.silences(time.time())
         await RawClient(await after.enroll(await after.token("a")), "a").register()
-        assert sum(after.server.sessions.silences(time.time()).values()) == 1
+        assert sum((await after.server.sessions.silences(time.time())).values()) == 1

@@ -280,7 +280,7 @@ async def test_what_was_told_while_nobody_listened_is_made_up_for(federation: Fe
     assert {t.training.run for t in tasks} == {run.id}
 
 
-@pytest.mark.timed(daemon_alive_s=0.1, traffic_write_s=0.2)
+@pytest.mark.timed(daemon_alive_s=0.1, traffic_write_s=0.2, clients_count_s=0.2)
 async def test_how_far_clients_are_and_what_they_sent_is_shown_alike_by_every_daemon(federation: Federation) -> None:
     run = await federation.daemons[0].create(config(rounds={"count": 1, "clients": 2}))
     a, b = await federation.clients("a", "b")
