@@ -74,6 +74,7 @@ class RelayCalls(ABC):
             RunNotRelayed: If the run makes its versions itself.
             RelayDiffers: If it is relayed for another client of the parent's server.
             VersionSuperseded: If it has a later one.
+            VersionNotFound: If it has fewer rounds.
             VersionDiffers: If it has another one of this number.
         """
         from fedpeft.adapters import payload

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from fedpeft.config import RoundsConfig
-from fedpeft.errors import RunFinished, RunNotRelayed, RunRelayed, VersionSuperseded
+from fedpeft.errors import RunFinished, RunNotRelayed, RunRelayed, VersionNotFound, VersionSuperseded
+from fedpeft.formatting import counted
 from fedpeft.rounds.events import (
     Aggregated,
     Differed,
@@ -201,6 +202,8 @@ def _supplied(status: RunStatus, version: int, config: RoundsConfig, now: float)
         return status
     if not status.is_active:
         raise RunFinished(f"{run} is {status.state}: it takes no version any more")
+    if version > config.count:
+        raise VersionNotFound(f"{run} has {counted(config.count, 'round')}, and no version {version}")
     closed, _ = advance(status.round, Supplied(version), config, now)
     if closed.phase is Phase.WAITING and closed.number <= version:  # nobody has begun it: it leaves nothing behind
         closed = Round(run, min(version + 1, config.count))

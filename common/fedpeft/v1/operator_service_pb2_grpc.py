@@ -265,9 +265,11 @@ class OperatorServiceServicer:
     def SupplyVersion(self, request_iterator, context):
         """SupplyVersion brings an adapter version of the parent run to a relayed run (CreateRunHeader.relays), and begins the
         round after it: a header, then the payload in chunks. A round that was in progress is over, whatever had come for it.
-        A version that the run has already changes nothing: the server answers after the header, and takes no chunk. The last
-        version completes the run. VERSION_DIFFERS pauses it, and a completed one has that for its reason.
+        A version that the run has already changes nothing. The server then answers after the header, and takes no chunk; so it
+        does where the run takes no such version (RUN_FINISHED, VERSION_SUPERSEDED, VERSION_NOT_FOUND). The last version
+        completes the run. VERSION_DIFFERS pauses it, and a completed one has that for its reason.
         NOT_FOUND            RUN_NOT_FOUND
+        NOT_FOUND            VERSION_NOT_FOUND    the run has fewer rounds
         INVALID_ARGUMENT     MANIFEST_INVALID, CHUNK_INVALID, UPLOAD_INCOMPLETE, PAYLOAD_INVALID
         FAILED_PRECONDITION  RUN_FINISHED         completed or stopped
         FAILED_PRECONDITION  RUN_NOT_RELAYED      the run makes its versions itself

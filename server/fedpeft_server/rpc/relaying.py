@@ -77,6 +77,7 @@ class Relaying:
         except ManifestInvalid as error:
             raise error.within("header.manifest") from None
         if header.version != engine.run.version:
+            await engine.check_supply(header.version)
             new = NewVersion.relayed(engine.run.id, header.version)
             await self._uploads.receive_version(new.spool_key, manifest, context)
             await engine.supply(new, partial(stored_version, self._store, new, engine.run, manifest), actor())
@@ -119,7 +120,7 @@ class Relaying:
         if not text or number <= run.version:
             why = "a later version was supplied since" if number <= run.version else "it is not committed"
             raise SumNotFound(f"{run.id} has no sum of round {number}: {why}")
-        said = record.parse(text)
+        said = await self._store.compute(record.parse, text)  # of very many clients it takes seconds
         manifest = sum_manifest(run.spec.sent(number), bytes.fromhex(said.sum_sha256))
         if request.offset > manifest.payload_bytes:
             fault = f"is {request.offset}; the sum has {manifest.payload_bytes} bytes"

@@ -332,6 +332,19 @@ class RunEngine:
             self._log.warning("run rolled back", to=to, version=number, reason=reason)
             self._background.watch("files", self.tasks.start(self._folding.forget(made.changes.round)))
 
+    async def check_supply(self, version: int) -> None:
+        """Checks whether a version of the parent's server would be taken over, before it is received.
+
+        Raises:
+            FedpeftError: As `supply`.
+        """
+
+        async def decide(status: RunStatus) -> Transition | None:
+            self.actor.changes(status, events.Supplied(version))
+            return None
+
+        await self.actor.call(lambda: self.actor.transit(decide))
+
     @shielded
     async def supply(self, new: NewVersion, stored: Callable[[], VersionRow], by: str) -> None:
         """Takes over a version of the parent's server that `by` brings, and begins the round after it.
@@ -348,6 +361,7 @@ class RunEngine:
             RunNotRelayed: If the run makes its versions itself.
             RunFinished: If the run is completed or stopped.
             VersionSuperseded: If the run has a later version.
+            VersionNotFound: If it has fewer rounds.
         """
 
         async def decide(status: RunStatus) -> Transition | None:

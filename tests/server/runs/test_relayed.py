@@ -126,6 +126,8 @@ async def test_a_version_is_known_by_its_content_too(start: StartDaemon, tmp_pat
     await make(first, 0, zeros(), made=edges(count=9))
     clients = list(enumerate(await first.clients("a", "b")))
     assert await refused(supply(first, 0, again)) == "VERSION_DIFFERS"
+    assert (await first.run(RUN)).state == run_pb2.RUN_STATE_PAUSED
+    await first.operator.ResumeRun(op.ResumeRunRequest(run=RUN))
     await train(clients, 1)
     await committed(first, 1)
     await supply(first, 1, zeros())

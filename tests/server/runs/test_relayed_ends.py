@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from google.protobuf import json_format
 from structlog.testing import capture_logs
 
 from fedpeft.adapters import payload
+from fedpeft.rounds import record
 from fedpeft.rounds.events import Aggregated, Paused, Stopped, Supplied, TimePassed, Waiting
 from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.transitions import RunState, RunStatus, transition
@@ -24,7 +27,7 @@ from fedpeft_operator.cli.run.verify import verified
 from fedpeft_operator.cli.session import Session
 from fedpeft_server.commands import check
 
-from ..conftest import SPEC, Daemon, StartDaemon, refused, zeros
+from ..conftest import SPEC, Daemon, StartDaemon, answered, refused, zeros
 from ..relayed_calls import RUN, committed, edges, make, ones, sum_of, supply, train
 
 
@@ -148,3 +151,52 @@ def test_a_run_is_over_with_the_last_version_and_not_with_its_last_sum() -> None
         over = transition(before, [Supplied(5)], rounds, 0.0)
         assert over and (over.after.state, over.after.version) == (RunState.COMPLETED, 5)
         assert over.after.round == waits.round and over.after.awaited_version is None
+
+
+async def test_a_version_that_is_none_of_the_runs_is_refused(daemon: Daemon) -> None:
+    await make(daemon, 0, zeros(), made=edges(count=3))
+    for version in (4, 1_000_000_000, 2**32 - 1):
+        assert await refused(supply(daemon, version, zeros())) == "VERSION_NOT_FOUND"
+    run = await daemon.run(RUN)
+    assert (run.state, run.version) == (run_pb2.RUN_STATE_RUNNING, 0)
+    assert (await supply(daemon, 3, zeros())).state == run_pb2.RUN_STATE_COMPLETED
+
+
+async def test_a_version_that_comes_too_late_is_refused_before_its_payload(daemon: Daemon) -> None:
+    await make(daemon, 1, zeros())
+    async with asyncio.timeout(5):
+        assert await refused(announced(daemon, 0)) == "VERSION_SUPERSEDED"
+        assert await refused(announced(daemon, 4)) == "VERSION_NOT_FOUND"
+        await daemon.operator.StopRun(op.StopRunRequest(run=RUN))
+        assert await refused(announced(daemon, 2)) == "RUN_FINISHED"
+
+
+async def test_the_record_of_a_sum_is_read_beside_the_event_loop(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a round of 100,000 clients has 16 MB."""
+    await make(daemon, 0, zeros())
+    await train(list(enumerate(await daemon.clients("a", "b"))), 1)
+    await committed(daemon, 1)
+    parse, threads = record.parse, list[threading.Thread]()
+
+    def noted(text: str) -> record.Record:
+        threads.append(threading.current_thread())
+        return parse(text)
+
+    monkeypatch.setattr(record, "parse", noted)
+    assert (await sum_of(daemon, 1))[0].metrics["updates"] == 2
+    assert threads and threading.main_thread() not in threads
+
+
+async def announced(edge: Daemon, version: int) -> op.SupplyVersionResponse:
+    """Says that a version comes, and sends no byte of it."""
+    manifest, _ = payload.encode(zeros(), SPEC.shared, "float32")
+
+    async def requests() -> AsyncIterator[op.SupplyVersionRequest]:
+        described = wire.manifest_to_proto(manifest)
+        header = op.SupplyVersionHeader(run=RUN, version=version, manifest=described, client="north")
+        yield op.SupplyVersionRequest(header=header)
+        await asyncio.Event().wait()
+
+    return await answered(edge.operator.SupplyVersion(requests()))

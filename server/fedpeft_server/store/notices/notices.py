@@ -74,9 +74,7 @@ _FORMS: Mapping[Topic, TypeAdapter[Any]] = {
     Topic.REMOVED: TypeAdapter(tuple[tuple[str, NonNegativeInt], ...]),
     Topic.HELLO: TypeAdapter(tuple[str, ...]),
     Topic.ALIVE: TypeAdapter(tuple[str, ...]),
-    Topic.PROGRESS: TypeAdapter(
-        tuple[tuple[str, NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt], ...]
-    ),
+    Topic.PROGRESS: TypeAdapter(tuple[tuple[str, NonNegativeInt, NonNegativeInt, NonNegativeInt, NonNegativeInt], ...]),
     Topic.SEATS: TypeAdapter(tuple[tuple[str] | tuple[str, str, tuple[str, ...]], ...]),
     Topic.ALL_SEATS: TypeAdapter(tuple[()]),
     Topic.BYE: TypeAdapter(tuple[()]),
