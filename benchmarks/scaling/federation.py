@@ -316,9 +316,7 @@ def daemons_for(s: Scenario, load: Load) -> dict[str, int]:
     each = alone["cores_seats"] + alone["cores_counting"]
     shared = alone["cores"] - each
     if each >= s.busy:
-        raise ValueError(
-            f"no number of daemons is enough: each needs {each:.2f} cores to hear of all devices"
-        )
+        raise ValueError(f"no number of daemons is enough: each needs {each:.2f} cores to hear of all devices")
     by_cores = math.ceil(shared / (s.busy - each))
     by_transfers = math.ceil(max(load.pulls, load.uploads) * transfer_s(s) / s.transfers)
     return {"waiting": by_waiting, "cores": by_cores, "transfers": by_transfers}
