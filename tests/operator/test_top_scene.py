@@ -15,7 +15,9 @@ from datetime import UTC, datetime
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
+from fedpeft.api.round_table import CommittedFigures, RoundFigures
 from fedpeft.v1 import federation_service_pb2 as federation
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
@@ -31,8 +33,26 @@ def snapshot(*rounds: run_pb2.Round, **changes: object) -> RunSnapshot:
     return RunSnapshot(a_run(**changes), {each.number: each for each in rounds})
 
 
+def figures(known: RunSnapshot) -> list[RoundFigures]:
+    return CommittedFigures().of(known.committed, known.run)
+
+
+def test_figures_of_a_committed_round_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, counted = [], views.counted
+    monkeypatch.setattr(views, "counted", lambda round_: made.append(round_.number) or counted(round_))
+    known, kept = snapshot(a_round(1), a_round(2), version=2), CommittedFigures()
+    first = kept.of(known.committed, known.run)
+    assert kept.of(known.committed, known.run) == first and made == [1, 2]
+    known.rounds[2] = a_round(2, accuracy=0.5)
+    assert [each.metrics.get("accuracy") for each in kept.of(known.committed, known.run)] == [None, 0.5]
+    assert made == [1, 2, 2]
+    other = RunSnapshot(a_run("run-other"), {1: a_round(1)})
+    assert len(kept.of(other.committed, other.run)) == 1 and made == [1, 2, 2, 1]
+
+
 def test_a_run_in_words() -> None:
-    lines = scene.headline(snapshot(a_round(1, accuracy=0.5), a_round(2, committed=False), version=1), NOW)
+    known = snapshot(a_round(1, accuracy=0.5), a_round(2, committed=False), version=1)
+    lines = scene.headline(known, figures(known), NOW)
     assert lines == [
         "emoji: bias on vit_tiny, 60 of 1,000,000 parameters (0.01 %)",
         "round 2 of 3: waiting > OPEN > aggregating > committed",
@@ -89,11 +109,11 @@ def test_a_run_that_is_paused_over_or_waits_for_figures() -> None:
         scene.waiting_line(RunSnapshot(done.run, waiting="waiting for the evaluator"), NOW)
         == "waiting for the evaluator"
     )
-    assert scene.scores_line(snapshot()) == "accuracy: no version is scored yet"
+    assert scene.scores_line(snapshot(), []) == "accuracy: no version is scored yet"
     by_loss = snapshot(a_round(1), initial_metrics={"loss": 2.0})
     by_loss.rounds[1].metrics["loss"] = 1.0
-    assert scene.scores_line(by_loss).startswith("loss 2.000 █▁ 1.000")
-    assert scene.bytes_line(snapshot()) == "sent up 0 B, down 0 B"
+    assert scene.scores_line(by_loss, figures(by_loss)).startswith("loss 2.000 █▁ 1.000")
+    assert scene.bytes_line([]) == "sent up 0 B, down 0 B"
 
 
 def test_late_and_refused_come_before_the_rest() -> None:
@@ -110,7 +130,7 @@ def test_late_and_refused_come_before_the_rest() -> None:
         ("noto", "received", ""),
     ]
     assert scene.note(table, 0) == "wrong: PAYLOAD_INVALID: not finite" == scene.note(table, 3)
-    assert scene.note(scene.rounds_table(snapshot(a_round(1))), 0) == ""
+    assert scene.note(scene.rounds_table(figures(snapshot(a_round(1)))), 0) == ""
     by_client = scene.tickets_table(snapshot(round_), clients, "client")
     assert [row[0] for row in by_client.rows] == ["noto", "slow", "twemoji", "wrong"]
 

@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from functools import partial
 from html import unescape
 from pathlib import Path
@@ -27,6 +28,7 @@ from textual.pilot import Pilot
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.api import operator_client
 from fedpeft.api.operator_client import Connect, OperatorClient
+from fedpeft.errors import Draining, PermissionDenied
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.app import main
@@ -35,6 +37,7 @@ from fedpeft_operator.top.app import TopApp
 
 from ..conftest import process_itself
 from ..console.federation import Federation
+from ..operator.operator_double import Double, a_run, serving
 from .conftest import Daemon, StartDaemon, config, filled, zeros
 
 IMAGE = Path(__file__).resolve().parents[2] / "docs" / "images" / "top.svg"
@@ -210,6 +213,74 @@ async def test_the_arrows_choose_a_run_and_the_newest_is_shown_first(daemon: Dae
         assert re.search(rf"^ *> +{first.id}", text, re.M)
 
 
+async def test_a_run_that_is_deleted_leaves_the_screen_to_another_one(daemon: Daemon) -> None:
+    first = await daemon.create(config(), request_id="1")
+    second = await daemon.create(config(rounds={"count": 7, "clients": 2}), request_id="2")
+    async with OperatorClient(daemon.server.settings.listen) as operator, top(daemon) as pilot:
+        app, seen = pilot.app, []
+        assert isinstance(app, TopApp)
+        await shows(pilot, second.id, "round 1 of 7")
+        await operator.stop(second.id, "enough")
+        await shows(pilot, "STOPPED at version 0 of 7")
+        changed = app._feed._changed
+        app._feed._changed = lambda: seen.append(app._standing(datetime.now(UTC))) or changed()
+        await operator.delete(second.id)
+        text = await shows(pilot, first.id, "round 1 of 2", without=second.id)
+        assert re.search(rf"^ *> +{first.id}", text, re.M)
+        await operator.stop(first.id, "enough")
+        await operator.delete(first.id)
+        await shows(pilot, "No runs yet", without=first.id)
+        assert seen and not any("NO CONNECTION" in line for line in seen)
+
+
+async def test_a_run_that_is_deleted_while_it_is_watched_is_gone_and_nobody_is_let_in_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(feed, "FIRST_PAUSE_S", 0.05)
+    with serving(Double()) as served:
+        served.double.runs = {"run-a": a_run("run-a")}
+        app = TopApp(partial(OperatorClient, served.address), served.address)
+        async with app.run_test(size=(120, 30)) as pilot:
+            served.double.script = [Draining("the server is shutting down")]
+            await shows(pilot, "run-a", "running")
+            del served.double.runs["run-a"]
+            served.double.script = []
+            text = await shows(pilot, "No runs yet", without="run-a")
+            assert "NO CONNECTION" not in text
+            refused = PermissionDenied("operator judith was revoked")
+            served.double.failures["ListRuns"] = [refused] * 1000
+            text = await shows(pilot, "NOT LET IN: operator judith was revoked")
+            assert "NO CONNECTION" not in text
+            served.double.failures.clear()
+            await shows(pilot, "UTC", without="NOT LET IN")
+
+
+async def test_looks_take_a_small_part_of_the_time_and_drawings_are_not_one_a_change(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await daemon.create(config())
+    looks, clients = [], OperatorClient.clients
+
+    async def slow(server: OperatorClient) -> object:
+        looks.append(time.monotonic())
+        await asyncio.sleep(0.2)
+        return await clients(server)
+
+    monkeypatch.setattr(OperatorClient, "clients", slow)
+    async with top(daemon) as pilot:
+        app = pilot.app
+        assert isinstance(app, TopApp)
+        await _until(lambda: len(looks) == 2, 60)
+        assert looks[1] - looks[0] >= 2.0, "ten times what the look took, not EVERY_S"
+        drawn, standing = [], TopApp._standing
+        monkeypatch.setattr(TopApp, "_standing", lambda app, now: drawn.append(now) or standing(app, now))
+        for _ in range(40):
+            app._feed._changed()
+            await asyncio.sleep(0.01)
+        await pilot.pause(0.3)
+        assert 2 <= len(drawn) <= 6
+
+
 async def test_a_server_that_was_away_is_found_again(start: StartDaemon, tmp_path: Path) -> None:
     daemon = await start(tmp_path / "kept")
     run = await daemon.create(config())
@@ -300,7 +371,7 @@ async def test_nothing_yet_and_the_keys(daemon: Daemon) -> None:
         assert pilot.app.return_code == 0
 
 
-async def _until(reached: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+async def _until(reached: Callable[[], bool], seconds: float = 10) -> None:
+    async with asyncio.timeout(seconds):
         while not reached():
             await asyncio.sleep(0.01)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,21 @@ def of_message(round_: run_pb2.Round, run: run_pb2.Run) -> RoundFigures:
     full, took = views.full_bytes(run, clients), views.seconds(round_)
     up, down = round_.wire_bytes_up, round_.wire_bytes_down
     return RoundFigures(round_.number, clients, round_.metrics, up, down, full, took)
+
+
+class CommittedFigures:
+    """Figures of the committed rounds of a run that is watched, each made once: that looks at every ticket."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[run_pb2.Round, RoundFigures]] = {}
+
+    def of(self, rounds: Iterable[run_pb2.Round], run: run_pb2.Run) -> list[RoundFigures]:
+        """Returns the figures of these rounds; those of a message that was given before are not made again."""
+        before, self._made = self._made, {}
+        for each in rounds:
+            known = before.get(each.number)
+            self._made[each.number] = known if known and known[0] is each else (each, of_message(each, run))
+        return [figures for _, figures in self._made.values()]
 
 
 def of_json(row: Mapping[str, Any], counted: str = "wire") -> RoundFigures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, ClassVar
@@ -13,10 +14,12 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.events import Resize
+from textual.timer import Timer
 from textual.widgets import DataTable, Footer, Static
 
 from fedpeft.api import views
 from fedpeft.api.operator_client import Connect
+from fedpeft.api.round_table import CommittedFigures
 from fedpeft.errors import FedpeftError
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.top import scene
@@ -26,6 +29,9 @@ from fedpeft_operator.top.scene import View
 
 NUMBERS = frozenset(("updates", "examples", "loss", "up", "down", "accuracy", "train", "full", "took", "clients"))
 """Headings of the columns that are aligned to the right."""
+
+DRAW_S = 0.25
+"""Shortest time between two drawings of the whole screen that changes of the run ask for."""
 
 WIDE = 130
 """Columns of a terminal from which on the clients have room beside the round."""
@@ -79,13 +85,16 @@ class TopApp(App[None]):
 
     def __init__(self, connect: Connect, address: str, *, may_write: bool = True, run: str = "") -> None:
         super().__init__()
-        self._feed = Feed(connect, self._draw)
+        self._feed = Feed(connect, self._draw_soon)
         self._address = address
         self._may_write = may_write
         self._chosen = run
         self._view = View.ROUND
         self._orders: dict[View, str] = {View.ROUND: "state", View.CLIENTS: "client"}
         self._shown: dict[str, scene.Table] = {}
+        self._figures = CommittedFigures()
+        self._drawn_at = 0.0
+        self._next_draw: Timer | None = None
 
     def compose(self) -> ComposeResult:
         """Lays the screen out."""
@@ -182,33 +191,48 @@ class TopApp(App[None]):
         self._chosen = run
         self.run_worker(self._feed.watch(run), name=run, group="watch", exclusive=True)
 
+    def _draw_soon(self) -> None:
+        """Draws now, or once `DRAW_S` have gone by since it last did: changes may come many times a second."""
+        if self._next_draw is None and self.is_running:
+            left_s = self._drawn_at + DRAW_S - time.monotonic()
+            if left_s <= 0:
+                self._draw()
+            else:
+                self._next_draw = self.set_timer(left_s, self._draw)
+
     def _draw(self) -> None:
         """Puts what is known on the screen; what has not changed is left alone."""
         if not self.is_running or not self.screen_stack or not self.query("#runs"):
             return
+        if self._next_draw is not None:
+            self._next_draw.stop()
+        self._next_draw, self._drawn_at = None, time.monotonic()
         feed, now = self._feed, datetime.now(UTC)
-        if not self._chosen and feed.runs:
+        if feed.runs and all(run.id != self._chosen for run in feed.runs):  # none is chosen, or that one was deleted
             self._follow(feed.runs[-1].id)
         self._text("title", f" {self._standing(now)}")
         self._fill("runs", scene.runs_table(feed.runs, self._chosen), key=1)
         if feed.snapshot is not None:
-            self._text("head", "\n".join(scene.headline(feed.snapshot, now)))
+            figures = self._figures.of(feed.snapshot.committed, feed.snapshot.run)
+            self._text("head", "\n".join(scene.headline(feed.snapshot, figures, now)))
+            if self.screen.has_class("wide"):
+                self._fill("past", scene.rounds_table(figures))
         elif not feed.answered:
             self._text("head", self._asking)
-        elif not feed.lost and not feed.runs:
+        elif not feed.lost and not feed.refused and not feed.runs:
             self._text("head", "No runs yet. Create one with: fedpeft run create FILE")
         self._text("views", self._tabs())
         lower = self._lower(now)
         self._fill("detail", lower)
         self._text("note", scene.note(lower, self.query_one("#detail", DataTable).cursor_row))
-        if feed.snapshot is not None:
-            self._fill("past", scene.rounds_table(feed.snapshot))
         self._text("side-title", f"clients: {scene.clients_line(feed.clients)}" if feed.answered else "clients")
         self._fill("people", scene.clients_table(feed.clients, self._run, now, self._orders[View.CLIENTS]))
 
     def _standing(self, now: datetime) -> str:
         if self._feed.lost:
             return f"NO CONNECTION: {self._feed.lost}; retrying"
+        if self._feed.refused:
+            return f"NOT LET IN: {self._feed.refused}; retrying"
         if not self._feed.answered:
             return self._asking
         rights = "" if self._may_write else "  read-only"
@@ -236,7 +260,7 @@ class TopApp(App[None]):
             return scene.Table(("",), ())
         if self._view is View.ROUND:
             return scene.tickets_table(feed.snapshot, feed.clients, self._orders[View.ROUND])
-        return scene.rounds_table(feed.snapshot)
+        return scene.rounds_table(self._figures.of(feed.snapshot.committed, feed.snapshot.run))
 
     def _text(self, name: str, text: str) -> None:
         self.query_one(f"#{name}", Static).update(text)

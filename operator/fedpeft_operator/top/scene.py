@@ -13,7 +13,7 @@ from enum import StrEnum
 from fedpeft.api import views
 from fedpeft.api.following import RunSnapshot
 from fedpeft.api.narration import names
-from fedpeft.api.round_table import of_message
+from fedpeft.api.round_table import RoundFigures
 from fedpeft.formatting import counted, percent, size
 from fedpeft.v1 import operator_service_pb2, run_pb2
 
@@ -73,7 +73,7 @@ def runs_table(runs: Iterable[run_pb2.Run], chosen: str) -> Table:
     return Table(("", "run", "name", "state", "version", "reason"), tuple(reversed(rows)))
 
 
-def headline(snapshot: RunSnapshot, now: datetime) -> list[str]:
+def headline(snapshot: RunSnapshot, figures: Sequence[RoundFigures], now: datetime) -> list[str]:
     """Returns what is to be known of a run at a glance: what it is, where it is, how good, how many bytes."""
     run = snapshot.run
     tuned = views.adapter_parameters(run.spec)
@@ -83,8 +83,8 @@ def headline(snapshot: RunSnapshot, now: datetime) -> list[str]:
         f"{run.config.name}: {run.spec.method} on {run.config.model.name}, {tuned:,}{share}",
         progress_line(snapshot),
         waiting_line(snapshot, now),
-        scores_line(snapshot),
-        bytes_line(snapshot),
+        scores_line(snapshot, figures),
+        bytes_line(figures),
     ]
 
 
@@ -115,12 +115,12 @@ def waiting_line(snapshot: RunSnapshot, now: datetime) -> str:
     return f"{done}{until}{again}; waiting for {names(awaited)}" if awaited else f"{done}{until}{again}"
 
 
-def scores_line(snapshot: RunSnapshot) -> str:
+def scores_line(snapshot: RunSnapshot, figures: Sequence[RoundFigures]) -> str:
     """Returns accuracy and loss from the first version to the newest, and the accuracy's curve."""
-    scored = [dict(snapshot.run.initial_metrics), *(dict(each.metrics) for each in snapshot.committed)]
+    scored = [snapshot.run.initial_metrics, *(each.metrics for each in figures)]
     losses = [metrics["loss"] for metrics in scored if "loss" in metrics]
     scored = [metrics for metrics in scored if "accuracy" in metrics]
-    trained = [each.metrics["train_loss"] for each in snapshot.committed if "train_loss" in each.metrics]
+    trained = [each.metrics["train_loss"] for each in figures if "train_loss" in each.metrics]
     parts = []
     if scored:
         first, last = scored[0], scored[-1]
@@ -137,11 +137,9 @@ def scores_line(snapshot: RunSnapshot) -> str:
     return "   ".join(parts)
 
 
-def bytes_line(snapshot: RunSnapshot) -> str:
+def bytes_line(figures: Sequence[RoundFigures]) -> str:
     """Returns the bytes of the committed rounds beside those of full fine-tuning."""
-    final = snapshot.committed
-    up, down = sum(r.wire_bytes_up for r in final), sum(r.wire_bytes_down for r in final)
-    full = sum(views.full_bytes(snapshot.run, len(views.counted(r))) for r in final)
+    up, down, full = (sum(getattr(each, kind) for each in figures) for kind in ("up", "down", "full"))
     line = f"sent up {size(up)}, down {size(down)}"
     if full and up:
         return f"{line}; full fine-tuning {size(full)} each way ({full / up:,.0f}x)"
@@ -201,12 +199,11 @@ def _doing(client: operator_service_pb2.Client) -> str:
     return f"{client.activity} {far.step}/{far.steps}" if far.steps else client.activity
 
 
-def rounds_table(snapshot: RunSnapshot) -> Table:
+def rounds_table(figures: Sequence[RoundFigures]) -> Table:
     """Returns every committed round, the newest first."""
-    final = snapshot.committed
-    rows = [of_message(each, snapshot.run).cells() for each in reversed(final[-MOST_ROWS:])]
+    rows = [each.cells() for each in reversed(figures[-MOST_ROWS:])]
     heads = ("round", "clients", "accuracy", "loss", "train", "up", "down", "full", "took")
-    return Table(heads, (*rows, *_rest(len(final), len(heads))))
+    return Table(heads, (*rows, *_rest(len(figures), len(heads))))
 
 
 def clients_table(

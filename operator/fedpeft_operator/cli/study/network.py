@@ -10,18 +10,21 @@ import asyncio
 import json
 import shutil
 from collections.abc import Mapping
+from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from fedpeft.api import views
+from fedpeft.api.following import follow
+from fedpeft.api.narration import Narrator
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data.division import drawn_rows
 from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.partitions import Partition
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import DataInvalid, TrainingFailed
-from fedpeft.process import durable
+from fedpeft.process import durable, output
 from fedpeft.process.race import first_of
 from fedpeft.simulation.clients import division_of
 from fedpeft.simulation.local_trainer import HELD_OUT_SEED
@@ -30,7 +33,6 @@ from fedpeft.studies.cells import Cell, Machine
 from fedpeft.studies.files import REPORT
 from fedpeft_operator.cli.run.commands import shown_run
 from fedpeft_operator.cli.run.create import created
-from fedpeft_operator.cli.run.watch import watched
 from fedpeft_operator.cli.session import Session
 from fedpeft_operator.federation.local_server import FOR_PEOPLE, serve
 from fedpeft_operator.federation.process_group import ProcessGroup
@@ -75,10 +77,8 @@ class _Federation:
                 self._start(processes, session, EVALUATOR, self._held_out(self._cell.test), "--evaluate")
             config = _for_all(self._cell.config, len(names))
             run = await first_of(created(session, config, self._machine.weights), processes.watch())
-            snapshot = await first_of(watched(session, run.id), processes.watch())
-            if views.state(snapshot.run) == "stopped":
-                raise TrainingFailed(f"the run was stopped: {snapshot.run.reason or 'no reason given'}")
-            report = await first_of(self._scored(session, run.id), processes.watch())
+            await first_of(completed(session, run.id), processes.watch())
+            report = await first_of(reported(session, run.id, scored=self._cell.test is not None), processes.watch())
             async with session.client() as server:
                 await server.download(run.id, self._folder / "adapter.safetensors")
         kept = ("variant", "alpha", "seed", "draws", "digest", "skew")
@@ -120,14 +120,44 @@ class _Federation:
         arguments = [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
         processes.start(name, ["-m", "fedpeft_client", *arguments, *FOR_PEOPLE, *flags])
 
-    async def _scored(self, session: Session, run: str) -> views.Json:
-        """Returns the run once all its versions are scored: the evaluator scores the newest first."""
-        while True:
-            report = await shown_run(session, run)
-            versions = [report["initial_metrics"], *(row["metrics"] for row in report["rounds"])]
-            if self._cell.test is None or all("accuracy" in metrics for metrics in versions):
-                return report
-            await asyncio.sleep(LOOK_PAUSE_S)
+
+async def completed(session: Session, run: str) -> None:
+    """Follows a run until it is completed, line by line.
+
+    Raises:
+        TrainingFailed: If it waits for what only a person could change; nobody looks at a run of a study.
+    """
+    narrator = Narrator()
+    async for snapshot in follow(session.client, run):
+        for line in narrator.lines(snapshot):
+            output.say(line)
+        _check(views.run_json(snapshot.run, [], None))
+
+
+async def reported(session: Session, run: str, *, scored: bool) -> views.Json:
+    """Returns a completed run, `scored` once all its versions are: the evaluator scores the newest first.
+
+    Raises:
+        TrainingFailed: If a version cannot be scored.
+    """
+    while True:
+        report = await shown_run(session, run)
+        versions = [report["initial_metrics"], *(row["metrics"] for row in report["rounds"])]
+        if not scored or all(map(views.is_scored, versions)):
+            return report
+        _check(report)
+        await asyncio.sleep(LOOK_PAUSE_S)
+
+
+def _check(report: views.Json) -> None:
+    """Checks that a run goes on by itself: it is not paused, no client declined it, and no version was given up."""
+    if report["state"] in ("paused", "stopped"):
+        why = report["reason"] or "no reason given"
+        raise TrainingFailed(f"the run is {report['state']} after round {report['version']}: {why}")
+    for each in report["declines"]:
+        raise TrainingFailed(f"{each['client']} declined the run: {'; '.join(each['reasons'])}")
+    for line in chain.from_iterable(map(views.failed_lines, report["evaluators"])):
+        raise TrainingFailed(line)
 
 
 def _for_all(config: RunConfig, clients: int) -> RunConfig:
