@@ -73,20 +73,31 @@ def noise_for(target_epsilon: float, delta: float, releases: int) -> float:
     """
     import dp_accounting
 
-    guess = dp_accounting.get_sigma_gaussian(target_epsilon, delta) * math.sqrt(releases)
-    digits = 5 - math.floor(math.log10(guess))
+    def units_of(exact_epsilon: float) -> int:
+        exact: float = dp_accounting.get_sigma_gaussian(exact_epsilon, delta) * math.sqrt(releases)
+        return int(min(math.ceil(exact * 10**digits), limit))
+
+    def spent(units: int) -> float:
+        return _composed(((round(units / 10**digits, digits), releases),), delta)
 
     def is_enough(units: int) -> bool:
-        return _composed(((round(units / 10**digits, digits), releases),), delta) <= target_epsilon
+        return spent(units) <= target_epsilon
 
-    most = math.floor(guess * 10**digits)  # the guess is exact; what is accounted for is on a grid, and a little more
+    guess = dp_accounting.get_sigma_gaussian(target_epsilon, delta) * math.sqrt(releases)
+    digits = 5 - math.floor(math.log10(guess))
     limit = math.floor(MOST_NOISE * 10**digits)
-    least, ahead = most, 1
-    while not is_enough(most):
-        if most >= limit:
+    # What is accounted for is on a grid, and above the exact epsilon by what hardly depends on the noise: an evaluation
+    # takes seconds where rounds are many, and most searches end with the third.
+    excess = spent(units_of(target_epsilon)) - target_epsilon
+    enough = units_of(max(target_epsilon - excess, target_epsilon / 2))
+    below, step = enough - 1, 1
+    while not is_enough(enough):
+        if enough >= limit:
             return math.inf
-        least, most, ahead = most + 1, min(most + ahead, limit), 2 * ahead
-    units = bisect.bisect_left(range(least, most), True, key=is_enough) + least
+        below, enough, step = enough, min(enough + step, limit), 2 * step
+    while below > 0 and is_enough(below):
+        below, enough, step = max(0, below - step), below, 2 * step
+    units = bisect.bisect_left(range(below + 1, enough), True, key=is_enough) + below + 1
     return float(round(units / 10**digits, digits))
 
 
