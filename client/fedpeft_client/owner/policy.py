@@ -143,7 +143,8 @@ class TransferRules(_Section):
     """Most bytes of tensors in an update."""
     max_bytes_a_day: _Count | None = None
     """Most bytes that leave in any 24 hours, by the ledger: those of every message, not of tensors alone. At it, the
-    client waits; an upload that goes on needs what is left of it."""
+    client waits; an upload that goes on needs what is left of it. While it waits it tells the server every 10 s that it
+    is there, some 230 kB a day, which count: leave as much above an update."""
 
 
 class TimeRules(_Section):
