@@ -16,6 +16,8 @@ import torch
 from peft import PeftModel
 
 import fedpeft
+from fedpeft.api import following
+from fedpeft.api.operator_client import OperatorClient
 from fedpeft.errors import BackboneMismatch, ConfigInvalid, Draining, RunNotFound, ServerUnreachable, SettingsInvalid
 from fedpeft.v1 import federation_service_pb2, run_pb2
 from fedpeft.v1 import operator_service_pb2 as pb
@@ -136,6 +138,14 @@ def test_a_watch_that_is_left_ends_its_call(served: Serving) -> None:
     assert next(watching, None) is None
 
 
+def test_to_connect_takes_one_call_however_many_runs_there_are(served: Serving) -> None:
+    served.double.runs = {run: a_run(run) for run in (RUN, "run-b", "run-c")}
+    served.double.page = 1
+    server = fedpeft.connect(served.address)
+    assert served.double.asked == ["ListRuns"]
+    assert len(server.runs) == 3
+
+
 def published(served: Serving, method: str) -> tuple[fedpeft.Run, dict[str, np.ndarray]]:
     """A run whose version 1 has other values than its version 0."""
     run = fedpeft.connect(served.address).create({**CONFIG, "peft": {"method": method}})
@@ -216,3 +226,25 @@ def test_figures_that_come_between_two_looks_are_shown(served: Serving) -> None:
     served.double.runs[RUN], served.double.rounds[RUN] = done, [first, scored]
     said = "\n".join(map(str, fedpeft.connect(served.address).run(RUN).watch()))
     assert "version 2 scored: loss 0.500" in said
+
+
+async def test_after_the_end_rounds_are_asked_for_when_an_evaluator_moved_on_and_none_that_is_settled(
+    served: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 1 was given up; the others are scored one after the other, the newest last."""
+    monkeypatch.setattr(following, "SCORE_PAUSE_S", 0.02)
+    done = a_run(RUN, state=run_pb2.RUN_STATE_COMPLETED, version=4, initial_metrics={"loss": 1.5})
+    scoring = done.evaluators.add(evaluator="eve", scored=1, backlog=3, next_version=4)
+    scoring.failed.add(version=1, reason="the weights are gone")
+    rounds = [a_round(number) for number in range(1, 5)]
+    served.double.runs[RUN], served.double.rounds[RUN] = done, rounds
+    served.double.script = [pb.WatchRunResponse(run=done, rounds=rounds)]
+    seen, known = 0, following.RunSnapshot(done)
+    async for known in following.follow(lambda: OperatorClient(served.address), RUN):
+        seen += 1
+        if seen % 20 == 0 and scoring.backlog:
+            scored = 5 - scoring.backlog
+            rounds[scored - 1].metrics["loss"] = 1.0 / scored
+            scoring.scored, scoring.backlog = scored, 4 - scored
+    assert [number for number, each in known.rounds.items() if "loss" in each.metrics] == [2, 3, 4]
+    assert served.double.asked_after == [1, 1, 2, 3]

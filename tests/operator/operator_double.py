@@ -118,6 +118,8 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         self.supplied: list[tuple[pb.SupplyVersionHeader, bytes]] = []
         self.sums: dict[tuple[str, int], tuple[pb.DownloadSumHeader, bytes]] = {}
         self.asked: list[str] = []
+        self.asked_after: list[int] = []
+        """Numbers after which rounds were asked for."""
         self.break_download_after: list[int] = []
         """Bytes after which a download ends, one download each."""
         self.break_with: FedpeftError = Draining("the server is shutting down")
@@ -201,11 +203,12 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
         await self._enter("ListRuns", context)
-        runs, token = self._page(list(self.runs.values()), request.page_token)
+        runs, token = self._page(list(self.runs.values()), request.page_token, request.page_size)
         return pb.ListRunsResponse(runs=runs, next_page_token=token)
 
     async def ListRounds(self, request: pb.ListRoundsRequest, context: Any) -> pb.ListRoundsResponse:
         await self._enter("ListRounds", context)
+        self.asked_after.append(request.after)
         run = await self._find(request.run, context)
         rounds = [r for r in self.rounds.get(run.id, []) if r.number > request.after]
         if self.page >= sum(len(r.tickets) for r in rounds):

@@ -85,7 +85,7 @@ class Edge:
         server = self._options.server
         try:
             async with self._looking() as called:
-                await called.runs()
+                await called.check()
             log.info("the edge's server answers", server=server)
         except LocalError:
             raise

@@ -56,9 +56,9 @@ class RunSnapshot:
 
     def settled(self, *, scored: bool) -> int:
         """Returns the number up to which every round is known and committed, and has figures if they are to come."""
-        number = 0
+        number, given_up = 0, _given_up_by_all(self.run)
         while (known := self.rounds.get(number + 1)) is not None and known.phase == run_pb2.ROUND_PHASE_COMMITTED:
-            if scored and not views.is_scored(known.metrics):
+            if scored and not views.is_scored(known.metrics) and known.number not in given_up:
                 break
             number += 1
         return number
@@ -128,15 +128,20 @@ async def _scored(connect: Connect, snapshot: RunSnapshot) -> AsyncIterator[RunS
         async with connect() as server:
             if not last or not await _evaluator_seen(server, snapshot.run):
                 return
-            give_up = now() + RESPONSE_TIMEOUT_S
+            give_up, asked = now() + RESPONSE_TIMEOUT_S, None
             while last not in _scored_versions(snapshot.rounds) and now() < give_up:
                 given_up = _given_up(snapshot.run, last)  # or scored since the rounds were read: they are read again
                 if not given_up:
                     yield (snapshot := replace(snapshot, changed=frozenset(), waiting=waiting_line(snapshot.run)))
                     await asyncio.sleep(SCORE_PAUSE_S)
-                rounds = await server.rounds(snapshot.run.id, snapshot.settled(scored=True), records=False)
-                # The run too: figures of version 0 stand there. It is asked for last, so it has what was scored before.
-                seen = snapshot.scored((await server.run(snapshot.run.id))[0], rounds)
+                run = (await server.run(snapshot.run.id))[0]
+                if run.evaluators == asked and asked and not given_up:  # the rounds have what they had
+                    snapshot = replace(snapshot, run=run)
+                    continue
+                snapshot, asked = replace(snapshot, run=run), run.evaluators
+                rounds = await server.rounds(run.id, snapshot.settled(scored=True), records=False)
+                # The run again, and last, so that it has what was scored before: figures of version 0 stand there.
+                seen = snapshot.scored((await server.run(run.id))[0], rounds)
                 if seen.changed:
                     give_up = now() + RESPONSE_TIMEOUT_S
                     yield (snapshot := seen)
@@ -161,6 +166,12 @@ def waiting_line(run: run_pb2.Run) -> str:
 def _given_up(run: run_pb2.Run, version: int) -> bool:
     """Returns True if no evaluator is left that could still score a version: each has, or reported that it cannot."""
     return bool(run.evaluators) and not any(each.backlog and each.next_version >= version for each in run.evaluators)
+
+
+def _given_up_by_all(run: run_pb2.Run) -> frozenset[int]:
+    """Returns versions that every evaluator reported that it cannot score."""
+    failed = [frozenset(version.version for version in each.failed) for each in run.evaluators]
+    return frozenset.intersection(*failed) if failed else frozenset()
 
 
 def _scored_versions(rounds: Mapping[int, run_pb2.Round]) -> frozenset[int]:

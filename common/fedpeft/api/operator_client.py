@@ -208,6 +208,10 @@ class OperatorClient(AccessCalls, RelayCalls):
         answer = await self._ask(self._stub.GetRun, pb.GetRunRequest(run=run))
         return answer.run, answer.round if answer.HasField("round") else None
 
+    async def check(self) -> None:
+        """Makes sure that the server answers, and lets the caller in; it costs the same however many runs there are."""
+        await self._ask(self._stub.ListRuns, pb.ListRunsRequest(page_size=1))
+
     async def runs(self) -> list[run_pb2.Run]:
         """Returns all runs, oldest first."""
         return [run async for page in self._pages(self._stub.ListRuns, pb.ListRunsRequest()) for run in page.runs]
@@ -259,18 +263,15 @@ class OperatorClient(AccessCalls, RelayCalls):
 
     async def pause(self, run: str, reason: str = "") -> run_pb2.Run:
         """Lets no new round open; returns the run."""
-        request = pb.PauseRunRequest(run=run, reason=reason)
-        return (await self._ask(self._stub.PauseRun, request)).run
+        return (await self._ask(self._stub.PauseRun, pb.PauseRunRequest(run=run, reason=reason))).run
 
     async def resume(self, run: str) -> run_pb2.Run:
         """Lets rounds open again; returns the run."""
-        request = pb.ResumeRunRequest(run=run)
-        return (await self._ask(self._stub.ResumeRun, request)).run
+        return (await self._ask(self._stub.ResumeRun, pb.ResumeRunRequest(run=run))).run
 
     async def stop(self, run: str, reason: str = "") -> run_pb2.Run:
         """Ends a run for good; returns it."""
-        request = pb.StopRunRequest(run=run, reason=reason)
-        return (await self._ask(self._stub.StopRun, request)).run
+        return (await self._ask(self._stub.StopRun, pb.StopRunRequest(run=run, reason=reason))).run
 
     async def roll_back(self, run: str, version: int, reason: str = "") -> run_pb2.Run:
         """Takes a run back to an earlier version, as a new one; returns the run.
@@ -285,8 +286,7 @@ class OperatorClient(AccessCalls, RelayCalls):
 
     async def delete(self, run: str) -> None:
         """Removes a completed or stopped run with all its versions and records."""
-        request = pb.DeleteRunRequest(run=run)
-        await self._ask(self._stub.DeleteRun, request)
+        await self._ask(self._stub.DeleteRun, pb.DeleteRunRequest(run=run))
 
     async def clients(self) -> list[pb.Client]:
         """Returns every client that ever registered, by id."""

@@ -419,7 +419,7 @@ def connect(server: str | None = None, *, identity: str | Path | None = None, in
     grpc_core.silence()
     caller = choose(server, path_of(identity, "identity") if identity else None, insecure=insecure)
     client = partial(OperatorClient, caller.server, caller.identity)
-    blocking.do(_asked(client, lambda c: c.runs()))
+    blocking.do(_asked(client, lambda c: c.check()))
     return Server(caller.server, client)
 
 

@@ -88,7 +88,7 @@ async def create(text: str, request_id: str, connect: Connect) -> run_pb2.Run:
     """
     config = read(text)
     async with connect() as server:
-        await server.runs()  # building takes long; a server that is away is found now
+        await server.check()  # building takes long; a server that is away is found now
         try:
             first = await asyncio.to_thread(first_version, config)
             return await server.create_run(

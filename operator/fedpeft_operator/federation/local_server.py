@@ -48,7 +48,7 @@ async def _ready(address: str) -> None:
     while True:
         try:
             async with OperatorClient(address, None) as server:
-                await server.runs()
+                await server.check()
                 return
         except ServerUnreachable:
             if time.monotonic() > give_up:

@@ -47,4 +47,4 @@ async def _looked(connect: Connect, run: str) -> None:
         if run:
             await server.run(run)
         else:
-            await server.runs()
+            await server.check()

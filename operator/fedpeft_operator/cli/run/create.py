@@ -74,7 +74,7 @@ async def created(session: Session, config: RunConfig, weights: Path | None) -> 
     """
     require("train", "torch", "timm")
     async with session.client() as server:
-        await server.runs()  # building takes long; a wrong address is found now
+        await server.check()  # building takes long; a wrong address is found now
         output.note("building the model ...")
         from fedpeft.api.initial_version import first_version
 
