@@ -239,12 +239,12 @@ async def test_after_the_end_rounds_are_asked_for_when_an_evaluator_moved_on_and
     rounds = [a_round(number) for number in range(1, 5)]
     served.double.runs[RUN], served.double.rounds[RUN] = done, rounds
     served.double.script = [pb.WatchRunResponse(run=done, rounds=rounds)]
-    seen, known = 0, following.RunSnapshot(done)
-    async for known in following.follow(lambda: OperatorClient(served.address), RUN):
-        seen += 1
-        if seen % 20 == 0 and scoring.backlog:
+    seen: list[following.RunSnapshot] = []
+    async for snapshot in following.follow(lambda: OperatorClient(served.address), RUN):
+        seen.append(snapshot)
+        if len(seen) % 20 == 0 and scoring.backlog:
             scored = 5 - scoring.backlog
             rounds[scored - 1].metrics["loss"] = 1.0 / scored
             scoring.scored, scoring.backlog = scored, 4 - scored
-    assert [number for number, each in known.rounds.items() if "loss" in each.metrics] == [2, 3, 4]
+    assert [number for number, each in seen[-1].rounds.items() if "loss" in each.metrics] == [2, 3, 4]
     assert served.double.asked_after == [1, 1, 2, 3]

@@ -180,7 +180,7 @@ def _measured(to: Dashboard) -> None:
     ).with_panel(
         lines(
             "Privacy budget spent",
-            "Epsilon of the committed rounds, at the run's delta; only of runs with [privacy] and its noise.",
+            "Epsilon of the committed rounds, at the run's delta; of runs with noise at the server or at the clients.",
             units.NoUnit,
             Query(once("run", "fedpeft_privacy_epsilon"), "{{run}}"),
             steps=True,
