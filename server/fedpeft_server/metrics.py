@@ -62,6 +62,7 @@ BACKGROUND = (
     "database",
     "certificate",
     "certificate files",
+    "clients",
     "log",
     "tokens",
     "storage",

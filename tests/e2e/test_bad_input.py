@@ -257,6 +257,7 @@ Ended = tuple[int, str]
 DONE: dict[str, Callable[[World], Ended]] = {
     "a flag of `fedpeft-server`": lambda w: w.server("--max-transfers", 0),
     "a flag of `fedpeft-server` that there is not": lambda w: w.server("--max-transfer", 1),
+    "a command of `fedpeft-server` that there is not": lambda w: w.command("fedpeft_server", "chek"),
     "an address beyond this machine": lambda w: w.server("--listen", "0.0.0.0:7070"),
     "a settings file": lambda w: w.server("--config", w.file("server.toml", "max_client = 3\n")),
     "a flag of `fedpeft-client`": lambda w: w.client("--threads", 0),

@@ -130,11 +130,11 @@ def test_a_late_client_trains_once_though_its_round_is_folded_twice(tmp_path, fo
     real, trained = Versions.fold, []
     emptied = []
 
-    def empty_at_first(self, book):
+    def empty_at_first(self, book, *rest):
         if not emptied:
             emptied.extend(ticket.client for ticket, _ in book.counted)
             raise RoundEmptied({ticket.id: "too large" for ticket, _ in book.counted})
-        real(self, book)
+        real(self, book, *rest)
 
     train = local_round.LoadedRun.train
 

@@ -234,7 +234,7 @@ def _nobody(connection: Connection, subject: Subject) -> IdentityNotFound:
         remedy = "check both"
     return IdentityNotFound(
         f"nobody was enrolled as {subject}, and nobody of that role and name has called with a certificate (calls in "
-        f"plain text have none); {remedy}, or refuse it before it is enrolled or calls: `unseen` (--unseen)"
+        f"plain text have none); {remedy}, or set `unseen` to refuse it before it is enrolled or calls"
     )
 
 

@@ -208,7 +208,7 @@ async def test_a_revoked_one_is_refused_at_its_next_message(
         and "were revoked; ask another operator for a new enrolment token, and enroll anew with it" in refused.err
     )
     nobody = await fedpeft("client", "revoke", "nobody")
-    assert nobody.code == 4 and "or refuse it before it is enrolled or calls: `unseen` (--unseen)" in nobody.err
+    assert nobody.code == 4 and "or give --unseen to refuse it before it is enrolled or calls" in nobody.err
     other_role = await fedpeft("client", "revoke", "ada")
     assert other_role.code == 4 and "there is operator ada: name that role" in other_role.err
     itself = await fedpeft("client", "revoke", "ada", "--role", "operator")

@@ -98,7 +98,10 @@ async def test_a_withdrawn_ticket_goes_to_another_client(daemon: Daemon) -> None
 
 
 @pytest.mark.timed(waiting_look_s=0.2)
-async def test_operators_are_told_why_a_ticket_was_given_back_and_clients_are_not(daemon: Daemon) -> None:
+async def test_operators_are_told_why_a_ticket_was_given_back_and_clients_are_not(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedpeft_server.rpc.federation.HOLD_S", 0.2)
     rounds = {"count": 1, "clients": 2, "quorum": 2, "deadline_s": 1.5, "max_extensions": 0}
     run = (await daemon.create(config(rounds=rounds))).id
     a, clinic = await daemon.clients("a", "clinic")

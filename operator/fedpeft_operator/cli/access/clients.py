@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fedpeft.api import views
+from fedpeft.errors import IdentityNotFound
 from fedpeft.identity.subject import Role
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import OF_NAMED, OF_SERVER, epilog
@@ -114,7 +115,10 @@ async def _readmitted(session: Session, name: str, run: str) -> list[str]:
 
 async def _revoked(session: Session, name: str, role: Role, reason: str, unseen: bool) -> views.Json:
     async with session.client() as server:
-        return views.identity_json(await server.revoke(name, role, reason, unseen=unseen))
+        try:
+            return views.identity_json(await server.revoke(name, role, reason, unseen=unseen))
+        except IdentityNotFound as error:
+            raise IdentityNotFound(error.message.replace("set `unseen`", "give --unseen")) from None
 
 
 async def _clients(session: Session) -> list[views.Json]:
