@@ -24,6 +24,8 @@ from fedpeft.studies.study_file import load_study
 
 from .study_texts import STUDY, pets, study_file
 
+pytestmark = pytest.mark.xdist_group("studies")  # their cells are forks of one process, which imports torch once
+
 MACHINE = Machine(device="cpu", threads=1)
 
 

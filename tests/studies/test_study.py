@@ -9,6 +9,8 @@ from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid
 
 from .study_texts import pets, study_file
 
+pytestmark = pytest.mark.xdist_group("studies")  # their cells are forks of one process, which imports torch once
+
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):

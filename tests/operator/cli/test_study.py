@@ -14,6 +14,8 @@ from ...data.hub_cache import HubCache
 from ...data.test_sources import table
 from ...studies.study_texts import STUDY, pets, study_file
 
+pytestmark = pytest.mark.xdist_group("studies")  # their cells are forks of one process, which imports torch once
+
 
 def command(capfd, *arguments):
     with pytest.raises(SystemExit) as ended:
