@@ -134,18 +134,26 @@ class SlowLink:
             threading.Thread(target=self._pump, args=(far, near, False), daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket, slow: bool) -> None:
-        try:
-            while data := source.recv(65_536):
-                sink.sendall(data)
-                if slow and not self.hurry.is_set():
-                    time.sleep(len(data) / self._bytes_per_s)
-        except OSError:
-            pass  # one side was killed, which is what these tests do
-        finally:
-            for each in (source, sink):
-                with suppress(OSError):  # it is closed already
-                    each.shutdown(socket.SHUT_RDWR)  # which wakes the other thread; a mere close does not
-                each.close()
+        def wait(data: bytes) -> None:
+            if slow and not self.hurry.is_set():
+                time.sleep(len(data) / self._bytes_per_s)
+
+        pump(source, sink, seen=wait)
+
+
+def pump(source: socket.socket, sink: socket.socket, seen: Callable[[bytes], None]) -> None:
+    """Hands on what comes, once `seen` was called with it, until one side ends or is killed; then both are closed."""
+    try:
+        while data := source.recv(65_536):
+            seen(data)
+            sink.sendall(data)
+    except OSError:
+        pass  # one side was killed, which is what these tests do
+    finally:
+        for each in (source, sink):
+            with suppress(OSError):  # it is closed already
+                each.shutdown(socket.SHUT_RDWR)  # which wakes the thread of the other direction; a mere close does not
+            each.close()
 
 
 class Federation:

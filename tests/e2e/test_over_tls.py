@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 
 from fedpeft.process import tracing
 
-from .conftest import RUN_FILE, WAIT_S, Federation, Process, free_port, wait_for, write_site
+from .conftest import RUN_FILE, WAIT_S, Federation, Process, free_port, pump, wait_for, write_site
 
 SMALL = RUN_FILE.replace("depth = 8", "depth = 1").replace('"full"', '"head"').replace("steps = 20", "steps = 2")
 
@@ -51,16 +51,7 @@ class Listener:
             except OSError:
                 return
             for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        with source, sink:
-            try:
-                while data := source.recv(65_536):
-                    self.heard += data
-                    sink.sendall(data)
-            except OSError:
-                return  # the other end has gone, which ends this one
+                threading.Thread(target=pump, args=(source, sink, self.heard.extend), daemon=True).start()
 
 
 class Collector(otlp_grpc.TraceServiceServicer):
