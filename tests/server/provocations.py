@@ -280,8 +280,12 @@ async def lost_table(world: World) -> object:
     """A statement of the server that fails is its operator's business: it crosses the network as INTERNAL only."""
     daemon, _, (client,) = await world.run()
     task = await client.task()
-    with daemon.server.store.db.transactions.engine.begin() as raw:
-        raw.exec_driver_sql("DROP TABLE updates")
+
+    def lose() -> None:
+        with daemon.server.store.db.transactions.engine.begin() as raw:
+            raw.exec_driver_sql("DROP TABLE updates")
+
+    await daemon.server.store.transact(lose)
     return await client.push(task.ticket, filled(1.0))
 
 

@@ -13,6 +13,7 @@ from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2
 from fedpeft_server.store import tables
+from fedpeft_server.store.store import Store
 
 from .conftest import Daemon, config, filled
 from .secured import Federation
@@ -27,8 +28,12 @@ async def _ahead() -> float:
     return time.time() + AHEAD_S
 
 
-def times(database: sa.Engine) -> dict[str, list[float]]:
+async def times(store: Store) -> dict[str, list[float]]:
     """Returns the times in the database, seconds since the epoch, by table and column."""
+    return await store.transact(lambda: _times(store.db.transactions.engine))  # the connection is that of its thread
+
+
+def _times(database: sa.Engine) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     with database.connect() as connection:
         for table in tables.metadata.sorted_tables:
@@ -42,7 +47,7 @@ def times(database: sa.Engine) -> dict[str, list[float]]:
 
 
 async def test_a_run_is_dated_by_it(daemon: Daemon) -> None:
-    start = times(daemon.server.store.db.transactions.engine)["audit.at"]
+    start = (await times(daemon.server.store))["audit.at"]
     await daemon.server.store.clock.set(_ahead)
     began = await _ahead()
     run = (await daemon.create(config(rounds={"count": 1, "clients": 2, "deadline_s": 300.0}))).id
@@ -62,7 +67,7 @@ async def test_a_run_is_dated_by_it(daemon: Daemon) -> None:
     failure = fed.PushEvaluationRequest(run=run, version=version, failure="no room")
     await evaluator.stub.PushEvaluation(failure, metadata=evaluator.metadata)
 
-    written = times(daemon.server.store.db.transactions.engine)
+    written = await times(daemon.server.store)
     written["audit.at"] = [at for at in written["audit.at"] if at not in start]
     expected = {"answers.at", "audit.at", "evaluations.at", "failed_evaluations.at", "runs.created_at"}
     expected |= {"rounds.opened_at", "updates.received_at", "versions.created_at"}
@@ -84,6 +89,6 @@ async def test_tokens_and_revocations_are_dated_by_it(secured: Federation) -> No
     revoked = access.RevokeIdentityRequest(role=access.IDENTITY_ROLE_CLIENT, name="a", reason="stolen")
     await secured.access().RevokeIdentity(revoked)
     await secured.token("b", life_s=60)
-    written = times(secured.server.store.db.transactions.engine)
+    written = await times(secured.server.store)
     for name in ("tokens.created_at", "identities.revoked_at"):
         assert began <= max(written[name]) < began + timedelta(minutes=1).total_seconds(), name
