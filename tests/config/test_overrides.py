@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedpeft.config.overrides import joined, merged, parse_overrides
+from fedpeft.config.overrides import joined, merged, parse_overrides, united
 from fedpeft.errors import ConfigInvalid
 
 RUN = {
@@ -35,6 +35,21 @@ def test_a_field_is_set_and_the_others_stay():
 )
 def test_options_go_with_the_name_that_they_stood_beside(over, section, left):
     assert merged(RUN, over)[section] == left
+
+
+def test_an_option_stays_whether_it_is_set_before_or_after_its_name():
+    settings = ["peft.rank=8", "peft.method=lora", "training.algorithm.mu=0.5", "training.algorithm.name=fedprox"]
+    found = parse_overrides(settings)
+    assert found == parse_overrides(settings[::-1])
+    assert found == {
+        "peft": {"rank": 8, "method": "lora"},
+        "training": {"algorithm": {"mu": 0.5, "name": "fedprox"}},
+    }
+
+
+def test_of_two_names_the_later_one_takes_the_options_of_the_other_away():
+    assert united({"peft": {"method": "lora", "rank": 8}}, {"peft": {"method": "bias"}}) == {"peft": {"method": "bias"}}
+    assert united({"peft": {"rank": 8}}, {"peft": {"method": "lora"}}) == {"peft": {"rank": 8, "method": "lora"}}
 
 
 def test_settings_are_values_of_toml_or_else_text():

@@ -31,7 +31,7 @@ from fedpeft.errors import DataInvalid, LocalError, SettingsInvalid, StateInvali
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.cli.run import live
 from fedpeft_operator.demo import federation, report
-from fedpeft_operator.demo.division import divide
+from fedpeft_operator.demo.division import _parted, divide
 from fedpeft_operator.federation import process_group
 from fedpeft_operator.federation.process_group import ProcessGroup, free_ports
 
@@ -254,6 +254,12 @@ def test_one_s_own_images_are_dealt_out_and_a_fifth_is_held_out(
     )
     with pytest.raises(SettingsInvalid, match=r"--clients 17: .* has 16 images to train on"):
         divide(photos, None, 17, tmp_path / "more", tmp_path / "aside")
+
+
+def test_an_image_that_is_held_out_is_not_trained_on_however_few_there_are() -> None:
+    for images in (2, 3, 4, 5, 9, 10):
+        trained, held = _parted(images)
+        assert len(held) == max(1, images // 5) and sorted([*trained, *held]) == list(range(images))
 
 
 async def test_folder_of_somebody_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,21 @@ def test_clients_with_noise_of_their_own_say_nothing_of_their_data_and_stop_when
     assert [event["kind"] for event in report["rounds"][0]["events"]] == ["locally_noised"]
 
 
+@pytest.mark.parametrize("error_feedback", [True, False])
+def test_an_update_that_was_late_is_paid_for_too(tmp_path: Path, folders: Path, error_feedback: bool) -> None:
+    run = config(
+        privacy={**PRIVACY, "mechanism": "local", "noise_multiplier": 60.0},
+        rounds={"count": 4, "clients": 1, "over_selection": 1.0},
+        training={"steps": 1, "batch_size": 2},
+        codec={"error_feedback": error_feedback},
+    )
+    report = simulate(run, dict(list(clients(folders).items())[:2]), tmp_path)
+    assert [sum(t["state"] == "late" for t in row["tickets"]) for row in report["rounds"]] == [1] * 4
+    received = [t["client"] for row in report["rounds"] for t in row["tickets"] if t["state"] == "received"]
+    last = [max(i for i, name in enumerate(received) if name == each) for each in set(received)]
+    assert report["privacy"]["epsilon"] == local_epsilon(60.0, 1 + max(last), 1e-3)
+
+
 def test_the_epsilon_of_a_round_is_that_of_the_client_that_spent_most_so_far(tmp_path: Path, folders: Path) -> None:
     """Also where it was not sampled again, and after the run was killed."""
     run = config(

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from fedpeft.config import parse_config
 from fedpeft.config.overrides import merged
+from fedpeft.data.partition_writer import write_parts
+from fedpeft.data.partitions import iid
+from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.simulation.content import FORMAT
-from fedpeft.studies.cells import Machine, cells_of, content_digest, grid_axes
+from fedpeft.studies.cells import Machine, axis_of, cells_of, content_digest, grid_axes
 from fedpeft.studies.checks import check_cells
 from fedpeft.studies.study_file import load_study
 
 from ..data.hub_cache import HubCache
-from ..data.test_sources import table
+from ..data.test_sources import table, write
 from ..programs import run_program
 from .study_texts import STUDY, pets, study_file
 
@@ -95,6 +99,16 @@ def test_flags_choose_points_set_fields_and_add_axes(tmp_path):
         cells(tmp_path, only={"depth": ["1"]})
     with pytest.raises(ConfigInvalid, match="axis 'method' has no point 'bias'; there are: head, lora 2"):
         cells(tmp_path, only={"method": ["bias"]})
+
+
+@pytest.mark.parametrize("axes", [("peft.rank", "peft.method"), ("peft.method", "peft.rank")])
+def test_an_axis_of_options_crosses_one_of_the_names_that_they_are_of(tmp_path, axes):
+    values = {"peft.rank": [4, 16], "peft.method": ["lora", "dora"]}
+    study = load_study(study_file(tmp_path, STUDY.replace('method = "head"', 'method = "lora"')))
+    study = study.model_copy(update={"axes": {axis: axis_of(axis, values[axis]) for axis in axes}})
+    found = cells_of(study, {"pets": pets(tmp_path / "pets")})
+    made = {(cell.config.peft.method, cell.config.peft.options["rank"]) for cell in found}
+    assert made == {("lora", 4), ("lora", 16), ("dora", 4), ("dora", 16)}
 
 
 def test_a_run_file_is_a_study_of_one_cell(tmp_path):
@@ -187,6 +201,18 @@ def test_data_may_lie_on_the_hub(tmp_path, monkeypatch):
             "lora 2.*fednova",
         ),
         ("[run.simulation]", '[run.simulation]\nengine = "cloud"', "cloud"),
+        ("[scales.one]", '[axes.engine.one]\n[axes.engine.other]\nsimulation.engine = "cloud"\n[scales.one]', "cloud"),
+        (
+            "[scales.one]",
+            "[axes.rank.one]\n[axes.rank.other]\nsimulation.ranks = [2]\n[scales.one]",
+            "simulation.ranks",
+        ),
+        (
+            "[run.simulation]",
+            "[run.training]\nmomentum = 0.0\n"
+            '[run.training.algorithm]\nname = "scaffold"\npopulation = 16\n[run.simulation]',
+            "training.algorithm.population is 16, and there are 3 clients in all",
+        ),
     ],
 )
 def test_cells_that_cannot_work_are_refused_before_one_runs(tmp_path, old, new, fault):
@@ -222,6 +248,21 @@ def test_a_cell_is_named_by_the_bytes_of_the_weights_file_that_its_run_names(tmp
     weights.write_bytes(b"two")
     content_digest.cache_clear()
     assert cell.key(machine) != before
+
+
+def test_a_cell_is_named_by_the_images_that_index_files_are_of(tmp_path):
+    data, parts = pets(tmp_path / "pets") / "train.parquet", tmp_path / "parts"
+    source = open_source(data)
+    write_parts(data, iid(len(source), 3, 0), parts, index=True)
+    (cell, *_) = cells_of(load_study(study_file(tmp_path)), {"pets": parts})
+    before = cell.key(Machine("cpu"))
+    content_digest.cache_clear()
+    assert cell.key(Machine("cpu")) == before
+    rows = pq.read_table(data)
+    images = [{**image, "bytes": image["bytes"][::-1]} for image in rows["image"].to_pylist()]
+    write(data, rows.set_column(0, "image", [images]))
+    content_digest.cache_clear()
+    assert cell.key(Machine("cpu")) != before
 
 
 NAMES = """

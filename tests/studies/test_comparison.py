@@ -92,6 +92,24 @@ def test_a_report_that_lacks_a_figure_is_named_with_it(tmp_path, study, key):
             compared([("x", shown if path is shown else study)])
 
 
+@pytest.mark.parametrize(
+    ("part", "place"),
+    [
+        ({"config": None}, "config"),
+        ({"config": {"rounds": {"seed": "x"}}}, r"config\.rounds\.seed"),
+        ({"rounds": [{**row(1, 1, 1, 0.5), "tickets": [{}]}]}, r"rounds\.0\.tickets\.0\.state"),
+        ({"facts": {"torch": 3}}, r"facts\.torch"),
+        ({"partition": {"variant": "iid"}}, r"partition\.alpha"),
+        ({"squared_distances": {}}, r"squared_distances\.backbone"),
+    ],
+)
+def test_a_part_of_a_report_that_is_none_is_named(tmp_path, part, place):
+    shown = tmp_path / "shown.json"
+    shown.write_text(json.dumps({**report("lora", [0.4]), **part}))
+    with pytest.raises(DataInvalid, match=rf"shown\.json cannot be used: {place}"):
+        compared([("x", shown)])
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"cells": [{"key": "a"}]}', '{"cells": 3}'])
 def test_a_study_that_lacks_a_part_is_named(study, content):
     (study / "study.json").write_text(content)

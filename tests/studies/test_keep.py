@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-FILE = Path(__file__).parents[2] / "experiments" / "keep.py"
+from fedpeft.studies.report.tables import tables_of
+from fedpeft.studies.results import load_results
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+FILE, RESULTS = EXPERIMENTS / "keep.py", EXPERIMENTS / "results"
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,22 @@ def test_of_a_ticket_the_shown_figures_are_kept_and_cells_without_a_report_are_c
     ]
     (ticket,) = json.loads((kept / "cells" / "done" / "report.json").read_text())["rounds"][0]["tickets"]
     assert ticket["metrics"] == {"loss": 0.25} and "id" not in ticket
+
+
+def test_a_loss_that_no_client_sent_is_none_that_is_kept(keep, tmp_path):
+    out, kept = study(tmp_path / "out"), tmp_path / "kept"
+    file = out / "cells" / "done" / "report.json"
+    file.write_text(file.read_text().replace('"loss": 0.25, ', ""))
+    keep(out, kept)
+    (ticket,) = json.loads((kept / "cells" / "done" / "report.json").read_text())["rounds"][0]["tickets"]
+    assert ticket["metrics"] == {}
+
+
+@pytest.mark.parametrize("name", sorted(file.parent.name for file in RESULTS.glob("*/study.json")))
+def test_of_all_results_that_are_kept_a_report_can_be_written_again(name, tmp_path):
+    results = load_results(RESULTS / name)
+    tables = {table.name: table for table in tables_of(results)}
+    assert {"outcome", "clients", "skew"} <= tables.keys() and len(tables["outcome"].rows) == len(results.groups)
 
 
 def test_a_wrong_argument_removes_nothing(keep, tmp_path):

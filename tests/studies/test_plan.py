@@ -26,6 +26,15 @@ def test_time_and_bytes_are_those_of_all_rounds(tmp_path, measured):
     assert {(each.bytes_up, each.bytes_down) for each in planned} == {(400, 800)}
 
 
+@pytest.mark.parametrize(("clients", "trained"), [(3, 5 * (8 + 2) / 2), (10, 5 * 3)])
+def test_steps_take_the_time_of_their_batches_however_many_examples_a_client_has(tmp_path, measured, clients, trained):
+    override = {"training": {"steps": 5, "batch_size": 8}, "simulation": {"clients": clients}}
+    study = load_study(study_file(tmp_path))
+    cells = cells_of(study, {"pets": pets(tmp_path / "pets")}, override=override, only={"method": ["head"]})
+    (seconds,) = {each.seconds for each in plan.plan_of(cells, None, Machine())}
+    assert seconds == 3 + 2 * 2 * trained + 3 * 0.5
+
+
 def test_cells_are_of_one_kind_if_only_the_division_of_their_data_differs(tmp_path, measured):
     axes = """
 [axes.engine.one]
@@ -58,7 +67,7 @@ def test_several_clients_are_timed_where_the_engine_trains_several_at_once(tmp_p
     monkeypatch.setattr(
         plan,
         "_kind",
-        lambda report, wall_s: trained.append(len(report["rounds"][0]["clients"])) or kind(report, wall_s),
+        lambda report, *others: trained.append(len(report["rounds"][0]["clients"])) or kind(report, *others),
     )
     study = load_study(study_file(tmp_path))
     data, engine = {"pets": pets(tmp_path / "pets")}, {"simulation": {"engine": "batched"}}

@@ -127,6 +127,11 @@ class Strategy(ABC):
         own = type(self)
         return self.is_weighted_mean and own.weigh is Strategy.weigh and own.of_round is Strategy.of_round
 
+    @property
+    def population(self) -> int | None:
+        """Clients of the whole federation, sampled or not, as its formula has them; None if it has no such number."""
+        return None
+
     def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
         """Returns a field of a run with which the strategy cannot work, and why; None if there is none."""
         return None

@@ -50,6 +50,11 @@ class FedDyn(Strategy):
         """See `Strategy.weigh`; all weigh the same."""
         return 1.0
 
+    @property
+    def population(self) -> int:
+        """See `Strategy.population`."""
+        return self.options.population
+
     def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
         """See `Strategy.misfit`."""
         chosen, clients = config.training.algorithm, config.rounds.clients

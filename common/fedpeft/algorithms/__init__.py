@@ -81,6 +81,11 @@ class LocalAlgorithm:
         """Returns the sections that come with a version and, as changes, go with an update."""
         return ()
 
+    @property
+    def population(self) -> int | None:
+        """Clients of the whole federation, sampled or not, as its formula has them; None if it has no such number."""
+        return None
+
     def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
         """Returns a field of a run with which the algorithm cannot work, and why; None if there is none."""
         return None

@@ -45,6 +45,11 @@ class Scaffold(LocalAlgorithm):
         """See `LocalAlgorithm.sections`; exact, so that c stays the mean of what the clients hold."""
         return (Section(CONTROL, float(self.options.population), "float32"),)
 
+    @property
+    def population(self) -> int:
+        """See `LocalAlgorithm.population`."""
+        return self.options.population
+
     def misfit(self, config: RunConfig, spec: AdapterSpec) -> Fault | None:
         """See `LocalAlgorithm.misfit`; c corrects the mean of the clients' changes, and whole ones."""
         training, rounds = config.training, config.rounds

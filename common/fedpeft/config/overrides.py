@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fedpeft.config_errors import dotted
@@ -21,21 +21,42 @@ NAMED_BY = {("peft",): "method", ("aggregation",): "strategy", ("training", "alg
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, ...] = ()) -> Table:
-    """Returns `base` with the values of `over` in it; changes neither.
+    """Returns a run file's tables with an override's values in them; changes neither.
 
     Args:
-        base: A run file's tables, or a part of them.
-        over: Likewise, with only the keys that it sets.
+        base: The tables; where they name nothing, their options are those of what the default names.
+        over: The override.
         at: Path of both in the run file.
     """
     key = NAMED_BY.get(at)
     if key is not None and key in over and over[key] != base.get(key):
         return copy.deepcopy(dict(over))
+    return _laid(base, over, at, merged)
+
+
+def united(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, ...] = ()) -> Table:
+    """Returns the override that sets what `base` sets, and over it what `over` sets; changes neither.
+
+    Options that stand beside no name stay, whichever of the two names something: they are for that.
+
+    Args:
+        base: An override.
+        over: Likewise.
+        at: Path of both in the run file.
+    """
+    key = NAMED_BY.get(at)
+    if key is not None and key in base and key in over and over[key] != base[key]:
+        return copy.deepcopy(dict(over))
+    return _laid(base, over, at, united)
+
+
+def _laid(base: Mapping[str, Any], over: Mapping[str, Any], at: tuple[str, ...], below: Callable[..., Table]) -> Table:
+    """Returns `base` with the values of `over` in it, and their tables as `below` makes one of two."""
     result = copy.deepcopy(dict(base))
     for name, value in over.items():
-        below = result.get(name)
-        if isinstance(value, Mapping) and (isinstance(below, Mapping) or below is None):
-            result[name] = merged(below or {}, value, at=(*at, name))
+        there = result.get(name)
+        if isinstance(value, Mapping) and (isinstance(there, Mapping) or there is None):
+            result[name] = below(there or {}, value, at=(*at, name))
         else:
             result[name] = copy.deepcopy(value)
     return result
@@ -63,7 +84,7 @@ def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> Table:
     """
     if field := _set_by_both(one, other):
         raise ConfigInvalid(f"{field} is set twice; give it once")
-    return merged(one, other)
+    return united(one, other)
 
 
 def _set_by_both(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:

@@ -31,6 +31,25 @@ def check_combination(config: RunConfig, spec: AdapterSpec) -> None:
     _refuse(misfits(config, spec))
 
 
+def check_population(config: RunConfig, clients: int) -> None:
+    """Checks that the parts of a run whose formulas have the number of all clients have the right one.
+
+    Raises:
+        ConfigInvalid: If not.
+    """
+    parts: dict[str, Strategy | LocalAlgorithm] = {
+        "aggregation": _strategy(config),
+        "training.algorithm": algorithm(config.training.algorithm),
+    }
+    _refuse(
+        [
+            (f"{section}.population", f"is {part.population}, and there are {counted(clients, 'client')} in all")
+            for section, part in parts.items()
+            if part.population not in (None, clients)
+        ]
+    )
+
+
 def check_makes_versions(config: RunConfig) -> None:
     """Checks that a run's rounds make versions, as those of all runs do but the part of a parent's run at an edge.
 

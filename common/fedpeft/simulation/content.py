@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -116,7 +117,7 @@ def _data_digest(data: Path | Data, config: RunConfig, digest: Callable[[Path], 
     random.
     """
     if isinstance(data, Path):
-        return _path_digest(local_path(place_of(data, config)), digest)
+        return path_digest(local_path(place_of(data, config)), digest)
     values = data.values.tobytes() if isinstance(data, Examples) else b""
     of_images = ""
     if not isinstance(data, Examples):
@@ -133,16 +134,35 @@ def _data_digest(data: Path | Data, config: RunConfig, digest: Callable[[Path], 
     )
 
 
-def _path_digest(path: Path, digest: Callable[[Path], str]) -> str:
-    """Returns the digest of data by path; of an index file, of its rows and of the data set that they are of."""
+def path_digest(path: Path, digest: Callable[[Path], str]) -> str:
+    """Returns the digest of data by path: of index files, alone or in a folder, also of the data sets that they are of.
+
+    Args:
+        path: A file, a folder or a pattern.
+        digest: `digest_of`, or one that keeps what it found.
+
+    Raises:
+        DataInvalid: If it cannot be read.
+    """
     if not is_index(path):
-        return digest(path)
+        indexes = sorted(filter(is_index, path.iterdir())) if path.is_dir() else []
+        sources = sorted({_source(index) for index in indexes})
+        if not sources:
+            return digest(path)
+        return _digest_of_json({"folder": digest(path), "sources": [path_digest(each, digest) for each in sources]})
+    return _digest_of_json({"rows": _index(path)["rows"], "source": path_digest(_source(path), digest)})
+
+
+def _source(index: Path) -> Path:
+    """Returns the place of the data set that an index file is of."""
+    return Path(index.parent / _index(index)["source"]).resolve()
+
+
+def _index(path: Path) -> dict[str, Any]:
     try:
-        said = read_index(path)
+        return read_index(path)
     except OSError as error:
         raise DataInvalid(f"cannot read {path}: {error.strerror}") from None
-    source = _path_digest((path.parent / said["source"]).resolve(), digest)
-    return _digest_of_json({"rows": said["rows"], "source": source})
 
 
 def _digest_of_json(value: Mapping[str, object]) -> str:

@@ -27,7 +27,7 @@ from fedpeft.data.reading import Reading
 from fedpeft.errors import ConfigInvalid, DataInvalid, StateInvalid
 from fedpeft.privacy.accounting import calibrated
 from fedpeft.process import durable, locks
-from fedpeft.rounds.combinations import check_combination
+from fedpeft.rounds.combinations import check_combination, check_population
 from fedpeft.rounds.commit import RunHeader
 from fedpeft.rounds.state_machine import policy_of
 from fedpeft.rpc import wire
@@ -166,12 +166,13 @@ def check_clients(config: RunConfig, clients: Clients) -> None:
     """Checks that the clients of a simulation have names, and are enough for a round.
 
     Raises:
-        ConfigInvalid: If a round wants more than there are.
+        ConfigInvalid: If a round wants more than there are, or a formula of the run has another number of them.
         DataInvalid: If a name is none of a client.
     """
     for name in clients:
         if not ids.CLIENT.fullmatch(name):
             raise DataInvalid(f"client name {name[:80]!r} is not {ids.CLIENT_FORM}")
+    check_population(config, len(clients))
     if len(clients) < config.rounds.least_available:
         raise ConfigInvalid(
             f"a round needs {config.rounds.least_available} clients ([rounds]), and there are {len(clients)}: lower "

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.config import RunConfig, parse_config
-from fedpeft.config.overrides import Table, at_key, merged, value_of
+from fedpeft.config.overrides import Table, at_key, merged, united, value_of
 from fedpeft.data.contents import digest_of
 from fedpeft.data.sources.hub import has_split, is_hub, local_path
 from fedpeft.errors import ConfigInvalid, DataInvalid
-from fedpeft.simulation.content import content_of, name_of
+from fedpeft.simulation.content import content_of, name_of, path_digest
 from fedpeft.studies.study_file import DATA, MOST_CELLS, DataSet, StudyFile
 from fedpeft.training.devices import device_of
 
@@ -183,7 +183,7 @@ def _cells_at(
     """Returns the cells of one combination of points, one a seed."""
     fields: Table = {}
     for axis, point in points.items():
-        fields = merged(fields, study.axes[axis][point])
+        fields = united(fields, study.axes[axis][point])
     data = fields.pop(DATA, None) or study.default_data
     at = ", ".join(f"{axis}={point}" for axis, point in points.items()) or "the study"
     if data is None:
@@ -253,11 +253,11 @@ def _part(folder: Path, split: str) -> Path | None:
 
 @cache
 def content_digest(path: Path) -> str:
-    """Returns the digest of a file or folder, see `fedpeft.data.contents`; kept for all cells of a study.
+    """Returns the digest of data by path, see `fedpeft.simulation.content`; kept for all cells of a study.
 
     `content_digest.cache_clear` begins the next one.
     """
-    return digest_of(path)
+    return path_digest(path, digest_of)
 
 
 def _weights_digest(named: str, given: Path | None) -> str | None:

@@ -12,6 +12,9 @@ from fedpeft.simulation.engines import engine_named
 from fedpeft.studies.cells import Cell
 from fedpeft.training.run_spec import spec_without_weights
 
+DIVISION = {"clients", "partition", "alpha", "variant", "shards", "column", "examples"}
+"""Fields of `[simulation]` that divide the data, and say nothing of the clients' work on it."""
+
 
 def check_cells(cells: Sequence[Cell]) -> None:
     """Builds every cell's adapter spec and divides its data, without weights and without decoding an image.
@@ -25,7 +28,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
     for cell in cells:
         config = cell.config
         try:
-            if (built := config.model_dump_json(exclude={"simulation": True, "rounds": {"seed"}})) not in specs:
+            if (built := config.model_dump_json(exclude={"simulation": DIVISION, "rounds": {"seed"}})) not in specs:
                 _check_run(config)
                 specs.add(built)
             if (divided := division_key(cell)) not in divisions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,11 @@ class AtWork:
     events: Connection
     began: float = field(default_factory=time.monotonic)
     rounds: int = 0
+
+
+def cells_at_once(jobs: int | None, threads: int) -> int:
+    """Returns the number of cells at once: the number that is given, or as many as have a core for each thread."""
+    return jobs or max(1, len(os.sched_getaffinity(0)) // threads)
 
 
 def execute(

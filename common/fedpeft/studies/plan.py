@@ -8,6 +8,7 @@ dense encodings; what a sparse one leaves out depends on the values.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,21 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedpeft.config import RunConfig, SimulationConfig
+from fedpeft.config import RunConfig, SimulationConfig, TrainingConfig
 from fedpeft.errors import TrainingFailed
 from fedpeft.models.tasks import task_of
+from fedpeft.rounds.screening import local_steps
 from fedpeft.simulation import clients_of, reading_of
 from fedpeft.studies.cell_process import run_cell
 from fedpeft.studies.cells import Cell, Machine
-from fedpeft.studies.checks import division_key
+from fedpeft.studies.checks import DIVISION, division_key
 from fedpeft.studies.execution import start
 from fedpeft.studies.files import CELLS, REPORT
 from fedpeft.studies.results import ended
 
 AT_ONCE = 16
 """Most clients of the round that is timed, where the engine trains several at once."""
-DIVISION = frozenset(("clients", "partition", "alpha", "variant", "shards", "column", "examples"))
-"""Fields of `[simulation]` that divide the data, which changes nothing of the time for one example."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Kind:
 
     Attributes:
         start_s: Seconds until the first round begins, and after the last.
-        example_s: Seconds of training for one example of a client's data in a round.
+        example_s: Seconds of training for one example, each time that it is trained on.
         score_s: Seconds of scoring one version.
         bytes_up: Payload bytes of one update.
         bytes_down: Payload bytes of one version.
@@ -94,27 +94,34 @@ def plan_of(
                 timed(cell)
             kinds[key] = _measured(cell, machine)
         done = out is not None and (out / CELLS / cell.key(machine) / REPORT).exists()
-        if (division := division_key(cell)) not in sizes:
-            sizes[division] = _mean_examples(cell)
+        if (division := f"{division_key(cell)} {cell.config.training.model_dump_json()}") not in sizes:
+            sizes[division] = _mean_trained(cell)
         found.append(_planned(cell, kinds[key], sizes[division], done=done))
     return found
 
 
 def _kind_of(config: RunConfig) -> str:
-    return config.model_dump_json(exclude={"name": True, "rounds": True, "simulation": set(DIVISION)})
+    return config.model_dump_json(exclude={"name": True, "rounds": True, "simulation": DIVISION})
 
 
-def _mean_examples(cell: Cell) -> float:
-    """Returns the mean number of examples of a client."""
+def _mean_trained(cell: Cell) -> float:
+    """Returns how many examples a client trains on in a round, in the mean over the clients."""
     clients = clients_of(cell.train, cell.config)[0].values()
     task = task_of(cell.config.model.task).reading(reading_of(cell.config))
-    return sum(len(task.read(data) if isinstance(data, Path) else data) for data in clients) / len(clients)
+    sizes = [len(task.read(data) if isinstance(data, Path) else data) for data in clients]
+    return sum(_trained(size, cell.config.training) for size in sizes) / len(sizes)
 
 
-def _planned(cell: Cell, kind: Kind, examples: float, *, done: bool) -> CellPlan:
+def _trained(examples: int, training: TrainingConfig) -> float:
+    """Returns how many examples a client that has so many trains on in a round, each counted as often as it comes."""
+    batches = math.ceil(examples / training.batch_size)
+    return local_steps(examples, training) * examples / batches if batches else 0.0
+
+
+def _planned(cell: Cell, kind: Kind, trained: float, *, done: bool) -> CellPlan:
     rounds, clients = cell.config.rounds.count, cell.config.rounds.clients
     scored = 0 if cell.test is None else rounds + 1
-    seconds = kind.start_s + rounds * clients * examples * kind.example_s + scored * kind.score_s
+    seconds = kind.start_s + rounds * clients * trained * kind.example_s + scored * kind.score_s
     return CellPlan(cell, done, seconds, rounds * clients * kind.bytes_up, rounds * clients * kind.bytes_down)
 
 
@@ -137,10 +144,10 @@ def _measured(cell: Cell, machine: Machine) -> Kind:
         wall = time.monotonic() - began
         if not (folder / REPORT).exists():
             raise TrainingFailed(f"{cell.label}: {ended(folder) or 'the process that was timed ended without a word'}")
-        return _kind(json.loads((folder / REPORT).read_text()), wall)
+        return _kind(json.loads((folder / REPORT).read_text()), config.training, wall)
 
 
-def _kind(report: dict[str, Any], wall_s: float) -> Kind:
+def _kind(report: dict[str, Any], training: TrainingConfig, wall_s: float) -> Kind:
     if not report["rounds"]:
         raise TrainingFailed(f"the round that was timed ended as {report['state']}: {report['reason']}")
     (row,) = report["rounds"]
@@ -149,4 +156,5 @@ def _kind(report: dict[str, Any], wall_s: float) -> Kind:
     score_s = max(report["seconds"] - row["seconds"], 0.0) / versions if versions else 0.0
     start_s = max(wall_s - row["seconds"] - versions * score_s, 0.0)
     up, down = (round(row[f"payload_bytes_{way}"] / len(received)) for way in ("up", "down"))
-    return Kind(start_s, row["seconds"] / sum(each["examples"] for each in received), score_s, up, down)
+    trained = sum(_trained(each["examples"], training) for each in received)
+    return Kind(start_s, row["seconds"] / trained, score_s, up, down)

@@ -216,19 +216,55 @@ class _Metrics(BaseModel):
     loss: float | None = None
 
 
+class _Ticket(BaseModel):
+    state: str
+    update_norm: float = 0.0
+    metrics: _Metrics = _Metrics()
+
+
 class _Row(BaseModel):
     version: int
     payload_bytes_up: int
     payload_bytes_down: int
     seconds: float | None
     metrics: _Metrics
+    tickets: list[_Ticket] = []
+
+
+class _Rounds(BaseModel):
+    seed: int = 0
+
+
+class _Config(BaseModel):
+    rounds: _Rounds = _Rounds()
+
+
+class _Partition(BaseModel):
+    variant: str
+    alpha: float | None
+    rows: int
+    classes: list[str]
+    histogram: dict[str, list[int]]
+    skew: dict[str, float | None]
+
+
+class _Distances(BaseModel):
+    backbone: float
+    head: float
+    added: float
 
 
 class _Report(BaseModel):
-    """Parts of a report without which it has no curve; a run of a server may lack figures of version 0."""
+    """Parts of a report that tables and figures are made of; a run of a server may lack figures of version 0."""
 
+    state: str = "completed"
+    adapter_parameters: int | None = None
     initial_metrics: _Metrics | None = None
     rounds: list[_Row]
+    config: _Config = _Config()
+    facts: dict[str, str] = {}
+    partition: _Partition | None = None
+    squared_distances: _Distances | None = None
 
 
 class _Cell(BaseModel):
@@ -253,7 +289,7 @@ class _Failure(BaseModel):
 
 
 def checked_report(report: Any, file: Path) -> dict[str, Any]:
-    """Returns a report that was read from a file, if it has what its curve is made of.
+    """Returns a report that was read from a file, if it has what tables and figures are made of.
 
     Raises:
         DataInvalid: If it has not, with the place in it.

@@ -9,13 +9,12 @@ The same as `fedpeft study run`; `fedpeft.studies` has the parts.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.config.overrides import at_key, merged
+from fedpeft.config.overrides import at_key, united
 from fedpeft.errors import ConfigInvalid, SettingsInvalid
 from fedpeft.frames import frame_of, table_html
 from fedpeft.paths import path_of
@@ -133,16 +132,18 @@ def study(
     from fedpeft.studies.cell_process import run_cell
     from fedpeft.studies.cell_trackers import CellTrackers
     from fedpeft.studies.cells import Machine
-    from fedpeft.studies.execution import execute
+    from fedpeft.studies.execution import cells_at_once, execute
 
     named = data if isinstance(data, Mapping) else {"": data}
     places = {name: path_of(path, "data") for name, path in named.items()}
     changes = Changes(scale, _tables(override or {}), seeds, _axes(grid or {}), only or {})
     found, cells = assembled(path_of(file, "file"), places, changes)
     machine = Machine(device, threads, None if weights is None else path_of(weights, "weights"))
-    folder, at_once = path_of(out, "out"), jobs or max(1, len(os.sched_getaffinity(0)) // threads)
+    folder = path_of(out, "out")
     trackers = CellTrackers(found.name, tuple(track), folder)
-    ended = execute(found, cells, folder, machine, at_once, None, partial(run_cell, trackers=trackers))
+    ended = execute(
+        found, cells, folder, machine, cells_at_once(jobs, threads), None, partial(run_cell, trackers=trackers)
+    )
     trackers.write((done.cell, done.folder) for done in ended if not done.failure)
     return Study(out)
 
@@ -151,7 +152,7 @@ def _tables(override: Mapping[str, Any]) -> dict[str, Any]:
     """Returns overrides as tables, whose keys may be paths."""
     result: dict[str, Any] = {}
     for key, value in override.items():
-        result = merged(result, {key: value} if isinstance(value, Mapping) else at_key(key, value))
+        result = united(result, {key: value} if isinstance(value, Mapping) else at_key(key, value))
     return result
 
 

@@ -33,7 +33,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from fedpeft import text_files
 from fedpeft.config import Name
-from fedpeft.config.overrides import Table, merged
+from fedpeft.config.overrides import Table, merged, united
 from fedpeft.config.section import Section
 from fedpeft.config_errors import dotted, fault_at, faults_of, in_file
 from fedpeft.data.sources.hub import is_hub
@@ -183,7 +183,7 @@ def _points(points: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
         if fields is False:
             result.pop(name, None)
         else:
-            result[name] = merged(result.get(name, {}), fields) if isinstance(fields, Mapping) else fields
+            result[name] = united(result.get(name, {}), fields) if isinstance(fields, Mapping) else fields
     return result
 
 

@@ -71,7 +71,9 @@ class LoadedRun:
     @property
     def keeps_uncounted(self) -> bool:
         """True if an update that is not counted changes what its client keeps."""
-        return self.config.codec.error_feedback or bool(self.own)
+        privacy = self.config.privacy
+        spends = privacy is not None and privacy.is_of_clients  # an update that was made is paid for, counted or not
+        return self.config.codec.error_feedback or bool(self.own) or spends
 
     def dataset(self, source: Any, label_map: LabelMap, cache_bytes: int | None = None) -> Any:
         """Returns a client's data as a data set of this run; see `Task.dataset`."""

@@ -64,7 +64,8 @@ def divide(
 def _parted(images: int) -> tuple[Indices, Indices]:
     """Draws the images that are held out; returns the rows of the others, and theirs."""
     order = np.random.default_rng(SEED).permutation(images).astype(np.int64)
-    return np.sort(order[images // HELD_OUT_OF :]), np.sort(order[: max(1, images // HELD_OUT_OF)])
+    held = max(1, images // HELD_OUT_OF)
+    return np.sort(order[held:]), np.sort(order[:held])
 
 
 def _by_vendor(whole: Source, rows: Indices, clients: int | None, train: Path) -> Partition:

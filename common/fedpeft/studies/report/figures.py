@@ -210,21 +210,23 @@ def _outcome(groups: Sequence[Group], colours: Mapping[str, str]) -> Figure:
 
 def _divided(study: StudyResult) -> dict[str, Drawn]:
     """Returns the labels of each client, a panel for each division of the data that occurs."""
-    found: dict[str, tuple[str, list[list[int]]]] = {}
+    found: dict[tuple[str, tuple[str, ...]], list[list[int]]] = {}
     for cell in study.cells:
         division = (cell.report or {}).get("partition") or {}
         if division.get("histogram"):
             title = f"{division['variant']}" + (f", alpha {division['alpha']:g}" if division["alpha"] else "")
-            found.setdefault(title, (title, list(division["histogram"].values())))
+            clients = int(division["skew"]["clients"])
+            size = f"{division['rows']:,} examples, {len(division['classes'])} classes, {clients} clients"
+            found.setdefault((f"{title}\n{size}", tuple(division["classes"])), list(division["histogram"].values()))
     if not found:
         return {}
-    shown = list(found.values())[:MOST_DIVISIONS]
+    shown = list(found.items())[:MOST_DIVISIONS]
     note = f"{len(shown)} of {len(found)} divisions, the first ones" if len(shown) < len(found) else ""
     figure, axes = _figure(len(shown), share=False)
-    for axis, (title, counts) in zip(axes, shown, strict=True):
+    for axis, ((title, _), counts) in zip(axes, shown, strict=True):
         shares = [[count / max(1, sum(row)) for count in row] for row in counts]
         axis.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(_named(title), fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel("class", fontsize=8)
         axis.tick_params(labelsize=8)
     axes[0].set_ylabel("client", fontsize=9)

@@ -190,8 +190,8 @@ def _clients(study: StudyResult) -> Table | None:
 def _spread(report: Mapping[str, Any]) -> tuple[float, ...] | None:
     """Returns mean, range and deviation of the clients' losses, and the relative deviation of their norms."""
     counted = [t for row in report.get("rounds", [])[-1:] for t in row.get("tickets", []) if t["state"] == "received"]
-    losses = [ticket["metrics"]["loss"] for ticket in counted if "loss" in ticket["metrics"]]
-    norms = [ticket["update_norm"] for ticket in counted]
+    losses = [loss for ticket in counted if (loss := ticket.get("metrics", {}).get("loss")) is not None]
+    norms = [ticket.get("update_norm", 0.0) for ticket in counted]
     if not losses or not any(norms):
         return None
     mean = statistics.fmean(losses)

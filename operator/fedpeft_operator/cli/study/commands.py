@@ -59,7 +59,7 @@ def run(
     options.require_study()
     extend(imports)
     from fedpeft.studies.cell_trackers import CellTrackers
-    from fedpeft.studies.execution import execute
+    from fedpeft.studies.execution import cells_at_once, execute
     from fedpeft.studies.report import write_report
     from fedpeft.studies.results import load_results
     from fedpeft_operator.cli.study.progress import Progress
@@ -67,7 +67,7 @@ def run(
     output.note("checking all cells ...")
     study, cells = options.cells_for(file, data, scale, settings, seeds, grids, only)
     machine = options.machine_of(device, threads, weights, over_network=over_network)
-    at_once = (jobs or 1) if over_network else options.jobs_of(jobs, threads)
+    at_once = (jobs or 1) if over_network else cells_at_once(jobs, threads)
     progress, trackers = Progress(len(cells), at_once), CellTrackers(study.name, tuple(track), out)
     try:
         ended = execute(study, cells, out, machine, at_once, progress, options.work_of(machine, trackers))
@@ -110,13 +110,14 @@ def plan(
     """Say what a study will take: cells, bytes and hours, by one short round of each kind of cell."""
     options.require_study()
     extend(imports)
+    from fedpeft.studies.execution import cells_at_once
     from fedpeft.studies.plan import plan_of
     from fedpeft_operator.cli.study.plan_table import say_plan
 
     study, cells = options.cells_for(file, data, scale, settings, seeds, grids, only)
     machine = options.machine_of(device, threads, weights)
     planned = plan_of(cells, out, machine, lambda cell: output.note(f"timing {cell.label} ..."))
-    say_plan(study.name, planned, options.jobs_of(jobs, threads), as_json=as_json)
+    say_plan(study.name, planned, cells_at_once(jobs, threads), as_json=as_json)
 
 
 @app.command(epilog=epilog("fedpeft study report results"))

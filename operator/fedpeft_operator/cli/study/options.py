@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -117,11 +116,6 @@ def work_of(machine: Machine, trackers: CellTrackers) -> CellWork:
     from fedpeft_operator.cli.study.network import run_cell_over_network
 
     return run_cell_over_network
-
-
-def jobs_of(jobs: int | None, threads: int) -> int:
-    """Returns the number of cells at once."""
-    return jobs or max(1, len(os.sched_getaffinity(0)) // threads)
 
 
 def _places(data: Sequence[str]) -> dict[str, Path]:
