@@ -31,7 +31,7 @@ RUN_S = 1800.0
 SCORED_S = 300.0
 SCRAPED_S = 120.0
 MIB = 1024**2
-SERVER_MIB = 210
+SERVER_MIB = 320
 """Most that server and its needs may add to the image of Python, uncompressed."""
 
 CONNECT = """
