@@ -20,6 +20,7 @@ from fedpeft.data.client_folders import clients_in, refuse_splits, subfolders
 from fedpeft.data.division import Division
 from fedpeft.data.examples import Examples
 from fedpeft.data.partition_writer import RECORD, file_names
+from fedpeft.data.partitions import Partition
 from fedpeft.data.reading import MAX_PIXELS, Reading
 from fedpeft.data.sources.interface import Source
 from fedpeft.errors import ConfigInvalid, DataInvalid
@@ -88,8 +89,13 @@ def clients_of(
             "a folder that fedpeft partition wrote"
         )
     split = division_of(config.simulation).of(source, config.rounds.seed)
-    names = file_names(split.names)
-    record = {
+    clients = {name: task.select(source, rows) for name, rows in zip(file_names(split.names), split.parts, strict=True)}
+    return clients, division_record(source, split)
+
+
+def division_record(source: Data, split: Partition) -> dict[str, Any]:
+    """Returns what a report says of a division: variant, alpha, seed, draws, digest, rows, skew, classes, histogram."""
+    return {
         "variant": split.variant,
         "alpha": split.alpha,
         "seed": split.seed,
@@ -98,9 +104,8 @@ def clients_of(
         "rows": sum(map(len, split.parts)),
         "skew": partitions.skew(source.labels, split.parts, len(source.class_names)).as_dict(),
         "classes": list(source.class_names),
-        "histogram": _histogram(source, names, split.parts),
+        "histogram": _histogram(source, file_names(split.names), split.parts),
     }
-    return {name: task.select(source, rows) for name, rows in zip(names, split.parts, strict=True)}, record
 
 
 def _histogram(source: Data, names: Sequence[str], parts: Sequence[NDArray[np.int64]]) -> dict[str, list[int]]:

@@ -242,9 +242,9 @@ class _Config(BaseModel):
 class _Partition(BaseModel):
     variant: str
     alpha: float | None
-    rows: int
-    classes: list[str]
-    histogram: dict[str, list[int]]
+    rows: int = 0
+    classes: list[str] = []
+    histogram: dict[str, list[int]] = {}
     skew: dict[str, float | None]
 
 

@@ -26,7 +26,7 @@ from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.process import durable, output
 from fedpeft.process.race import first_of
-from fedpeft.simulation.clients import division_of
+from fedpeft.simulation.clients import division_of, division_record
 from fedpeft.simulation.local_trainer import HELD_OUT_SEED
 from fedpeft.studies.cell_process import in_log
 from fedpeft.studies.cells import Cell, Machine
@@ -64,8 +64,7 @@ class _Federation:
         """Holds the run, and leaves what a simulation leaves."""
         shutil.rmtree(self._place, ignore_errors=True)
         self._place.mkdir()
-        record = self._write_clients()
-        names = [each["name"] for each in record["clients"]]
+        names, division = self._write_clients()
         if taken := sorted({SERVER, EVALUATOR} & set(names)):
             raise DataInvalid(f"a client is named {taken[0]!r}, like another process of the run; rename its data")
         threads = str(self._machine.threads)
@@ -81,18 +80,19 @@ class _Federation:
             report = await first_of(reported(session, run.id, scored=self._cell.test is not None), processes.watch())
             async with session.client() as server:
                 await server.download(run.id, self._folder / "adapter.safetensors")
-        kept = ("variant", "alpha", "seed", "draws", "digest", "skew")
-        report["partition"] = {key: record[key] for key in kept}
+        report["partition"] = division
         events.send(len(report["rounds"]))
         durable.write_text(self._folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         shutil.rmtree(self._place, ignore_errors=True)
 
-    def _write_clients(self) -> dict[str, Any]:
-        """Writes the data of each client; returns the record of the division."""
+    def _write_clients(self) -> tuple[list[str], dict[str, Any]]:
+        """Writes the data of each client; returns their names, and what the report says of the division."""
         source = open_source(self._cell.train, self._divided.image_column, self._divided.label_column)
         split = division_of(self._divided).of(source, self._cell.seed)
         image, label = self._divided.image_column, self._divided.label_column
-        return write_parts(self._cell.train, split, self._place / "clients", source=source, image=image, label=label)
+        out = self._place / "clients"
+        record = write_parts(self._cell.train, split, out, source=source, image=image, label=label)
+        return [each["name"] for each in record["clients"]], division_record(source, split)
 
     def _held_out(self, path: Path) -> Path:
         """Returns the held-out data: all of it, or an index of so many examples."""
