@@ -79,5 +79,5 @@ def test_a_model_whose_mlp_has_no_norm_before_it_is_refused() -> None:
 
 
 def test_it_has_no_plain_form() -> None:
-    with pytest.raises(ConfigInvalid, match=r"adaptformer has no plain timm form.*export it as safetensors"):
+    with pytest.raises(ConfigInvalid, match=r"adaptformer has no plain timm form.*keep the adapter file"):
         formats.timm_model(moved("adaptformer")[0])

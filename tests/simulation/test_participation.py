@@ -36,7 +36,10 @@ def test_a_quorum_is_enough_and_less_pauses_the_run(tmp_path, folders, monkeypat
     assert [len(row["clients"]) for row in report["rounds"]] == [4, 3]
     report = simulate(all_four, names, tmp_path / "paused")
     assert (report["state"], report["version"], report["round"]) == ("paused", 1, 2)
-    assert report["reason"] == ("round 2 has 3 of the 4 updates it needs after 2 extensions; still awaited: nobody")
+    assert report["reason"] == (
+        "round 2 has 3 of the 4 updates it needs after 2 extensions; still awaited: nobody"
+        "; the ticket of client-1 was withdrawn: TRAINING_FAILED: the loss is nan in step 1"
+    )
     progress = report["in_progress"]
     assert progress.keys() == views.progress_json(run_pb2.Round()).keys()
     assert (progress["extensions"], len(progress["received"])) == (2, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -88,8 +89,13 @@ def test_a_report_that_lacks_a_figure_is_named_with_it(tmp_path, study, key):
     shown, folder = tmp_path / "shown.json", study / "cells" / "head-0"
     for path in (shown, folder / "report.json"):
         path.write_text(json.dumps(broken))
-        with pytest.raises(DataInvalid, match=rf"{path.name}.*rounds\.0\.{key}"):
-            compared([("x", shown if path is shown else study)])
+    with pytest.raises(DataInvalid, match=rf"{shown.name}.*rounds\.0\.{key}"):
+        compared([("x", shown)])
+    cells = {cell.label: cell for cell in load_results(study).cells}
+    assert cells["head-0"].report is None and cells["head-1"].report is not None
+    assert re.search(
+        rf"report\.json cannot be used: rounds\.0\.{key}.*computes this cell again", cells["head-0"].failure
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,8 +127,8 @@ def test_a_study_that_lacks_a_part_is_named(study, content):
 def test_a_reason_that_is_none_is_named(study, content):
     (study / "cells" / "head-0" / "report.json").unlink()
     (study / "cells" / "head-0" / "failure.json").write_text(content)
-    with pytest.raises(DataInvalid, match=r"failure\.json"):
-        load_results(study)
+    (cell,) = (cell for cell in load_results(study).cells if cell.label == "head-0")
+    assert cell.report is None and "failure.json cannot be used" in cell.failure
 
 
 def test_a_run_without_tickets_or_scores_has_a_line_too():

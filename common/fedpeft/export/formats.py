@@ -146,7 +146,7 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
     backbone = tuned.backbone
     if tuned.method.peft_form is None:
         raise ConfigInvalid(
-            f"an adapter of method {tuned.spec.method} has no peft form; export it as safetensors or timm"
+            f"an adapter of method {tuned.spec.method} has no peft form; keep the adapter file (safetensors) itself"
         )
     config: Any = tuned.method.peft_config(backbone.module, backbone.structure)
     saved = tuned.method.peft_state(tuned.state())
@@ -162,7 +162,8 @@ def as_peft(tuned: TunedModel, folder: Path, provenance: Provenance | None = Non
     if left_out := taken.unexpected_keys:
         raise ConfigInvalid(
             f"the installed peft {version('peft')} has no place for {left_out[0]} of an adapter of method "
-            f"{tuned.spec.method}; install {tuned.method.peft_form.library}, or export it as safetensors or timm"
+            f"{tuned.spec.method}; install {tuned.method.peft_form.library}, or keep the adapter file (safetensors) "
+            "itself"
         )
     config.base_model_name_or_path = tuned.backbone.config.name
     with as_os_errors(folder / "adapter_model.safetensors"):
@@ -255,7 +256,8 @@ def _plain(tuned: TunedModel) -> dict[str, torch.Tensor]:
     if state.keys() != tuned.backbone.module.state_dict().keys():
         raise ConfigInvalid(
             f"an adapter of method {tuned.spec.method} has no plain timm form: its modules do not exist in "
-            f"{tuned.backbone.config.name}; export it as safetensors and load that into fedpeft.peft.tune(...)"
+            f"{tuned.backbone.config.name}; keep the adapter file (safetensors) itself, and load it into "
+            "fedpeft.peft.tune(...)"
         )
     return state
 

@@ -113,7 +113,7 @@ class Method(ABC, Generic[OptionsT]):
         Raises:
             ConfigInvalid: If the library has none.
         """
-        raise ConfigInvalid("the method has no peft form; export its adapter as safetensors or timm")
+        raise ConfigInvalid("the method has no peft form; keep the adapter file (safetensors) itself")
 
     def peft_state(self, state: Tensors) -> Tensors:
         """Returns the tuned tensors, by canonical name, under the names and in the shapes of the `peft` library.

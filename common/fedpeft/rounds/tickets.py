@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import islice
 
 from fedpeft.errors import TicketClosed
+from fedpeft.untrusted_text import in_short
 
 _BLOCK = 256
 """Tickets that are compared at once."""
+EXPLAINED = 3
+"""Withdrawn tickets of which it is said why."""
 
 
 class TicketState(StrEnum):
@@ -139,3 +143,13 @@ class Tickets(tuple[Ticket, ...]):
 
 def _kind(ticket: Ticket) -> tuple[TicketState, int]:
     return ticket.state, ticket.generation
+
+
+def withdrawals(tickets: Tickets) -> str:
+    """Returns what follows a sentence on a round: whose tickets were withdrawn, and why; empty if there is none."""
+    number = tickets.number(TicketState.WITHDRAWN)
+    some = islice((each for each in tickets if each.state is TicketState.WITHDRAWN), EXPLAINED) if number else ()
+    said = [
+        f"; the ticket of {each.client} was withdrawn: {in_short(each.reason) or 'no reason given'}" for each in some
+    ]
+    return "".join(said) + (f"; and of {number - EXPLAINED} more" if number > EXPLAINED else "")

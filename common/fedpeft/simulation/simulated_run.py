@@ -33,7 +33,7 @@ from fedpeft.rounds.commit import RoundEmptied, RunHeader
 from fedpeft.rounds.groups import SENT
 from fedpeft.rounds.local_job import LocalFailure, LocalOutcome, LocalUpdate
 from fedpeft.rounds.state_machine import Phase, Round
-from fedpeft.rounds.tickets import Ticket, TicketState
+from fedpeft.rounds.tickets import Ticket, TicketState, withdrawals
 from fedpeft.rpc import wire
 from fedpeft.simulation.at_work import ClientsAtWork
 from fedpeft.simulation.client_memory import ClientMemory
@@ -234,7 +234,7 @@ class SimulatedRun:
                 book.round, effects = state_machine.advance(book.round, events.TimePassed(), self._rounds, now)
                 for effect in effects:
                     if isinstance(effect, events.Pause):
-                        return effect.reason
+                        return effect.reason + withdrawals(book.round.tickets)
         return ""
 
     def _sample(self, book: RoundBook) -> bool:

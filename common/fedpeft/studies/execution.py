@@ -18,13 +18,18 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import structlog
+
 import fedpeft
+from fedpeft.errors import DataInvalid
 from fedpeft.process import durable, locks
 from fedpeft.studies.cell_process import run_cell
 from fedpeft.studies.cells import Cell, Machine, content_digest
 from fedpeft.studies.files import CELL, CELLS, FAILURE, LOG, REPORT, STUDY
-from fedpeft.studies.results import ended
+from fedpeft.studies.results import ended, load_report
 from fedpeft.studies.study_file import StudyFile
+
+_log = structlog.get_logger(__name__)
 
 CellWork: TypeAlias = Callable[[Cell, Machine, Path, Connection], None]
 TICK_S = 1.0
@@ -128,7 +133,7 @@ def execute(
         found: dict[str, Done] = {}
         todo: dict[str, Cell] = {}
         for key, cell in zip(keys, cells, strict=True):
-            if (folders[key] / REPORT).exists():
+            if (folders[key] / REPORT).exists() and not _is_damaged(folders[key]):
                 found[key] = Done(cell, folders[key], ended(folders[key]), 0.0)
             else:
                 todo.setdefault(key, cell)
@@ -140,6 +145,18 @@ def execute(
         ):
             found[done.folder.name] = done
     return [found[key] for key in keys]
+
+
+def _is_damaged(folder: Path) -> bool:
+    """Returns True if the report of a cell cannot be read, and removes it then: the cell is computed again."""
+    try:
+        load_report(folder)
+    except DataInvalid as error:
+        _log.warning("a report is damaged; its cell is computed again", fault=error.message)
+        with durable.refusals(f"removing {folder / REPORT}"):
+            (folder / REPORT).unlink()
+        return True
+    return False
 
 
 def _executed(

@@ -312,14 +312,18 @@ def load_results(folder: Path) -> StudyResult:
     """Reads what an execution left.
 
     Raises:
-        DataInvalid: If the folder has no study, or a file in it is broken.
+        DataInvalid: If the folder has no study, or a file of the study in it is broken; a cell whose report is has no
+            results, and that for its reason.
     """
     about = _checked(_About, _json(folder / STUDY, f"{folder} holds no study"), folder / STUDY)
     cells = []
     for row in about["cells"]:
         place = folder / CELLS / row["key"]
-        report = load_report(place) if (place / REPORT).exists() else None
-        failure = _paused(report) if report else _failed(place)
+        try:
+            report = load_report(place) if (place / REPORT).exists() else None
+            failure = _paused(report) if report else _failed(place)
+        except DataInvalid as error:
+            report, failure = None, f"{error.message}; `fedpeft study run` computes this cell again"
         kept = None if failure else report
         cells.append(CellResult(row["key"], row["points"], row["seed"], row["label"], kept, failure))
     return StudyResult(folder, about, tuple(cells))

@@ -8,15 +8,12 @@ from types import MappingProxyType
 
 from fedpeft.formatting import counted, duration
 from fedpeft.rounds.state_machine import Phase, Round, begins_together, policy_of
-from fedpeft.rounds.tickets import Ticket, TicketState
-from fedpeft.untrusted_text import in_short
+from fedpeft.rounds.tickets import Ticket, TicketState, withdrawals
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.store.rows import RunState
 
 NAMED = 8
 """Clients that are named."""
-EXPLAINED = 3
-"""Withdrawn tickets of which it is said why."""
 
 
 _NOBODY: Mapping[str, str] = MappingProxyType({})
@@ -86,15 +83,7 @@ def withdrawn(engine: RunEngine) -> str:
     current = engine.round
     if not engine.active or current.phase is not Phase.OPEN:
         return ""
-    number = current.tickets.number(TicketState.WITHDRAWN)
-    if not number:
-        return ""
-    tickets = (each for each in current.tickets if each.state is TicketState.WITHDRAWN)
-    said = [
-        f"; the ticket of {each.client} was withdrawn: {in_short(each.reason) or 'no reason given'}"
-        for each in islice(tickets, EXPLAINED)
-    ]
-    return "".join(said) + (f"; and of {number - EXPLAINED} more" if number > EXPLAINED else "")
+    return withdrawals(current.tickets)
 
 
 class Reasons:

@@ -143,7 +143,7 @@ class Lora(Tuner[LoraOptions]):
         if whole or len(sizes) > 1:
             raise ConfigInvalid(
                 "parts of qkv beside whole layers, or more of them in one block than in another, have no peft form; "
-                "export the adapter as safetensors or timm"
+                "keep the adapter file (safetensors) itself"
             )
         return lora_config(self.options, list(parts), sizes.pop())
 

@@ -97,8 +97,11 @@ def _read(adapter: Path) -> tuple[AdapterInfo, RunConfig]:
     """Returns what an adapter file says of itself, and the run file in it.
 
     Raises:
+        SettingsInvalid: If it is a folder.
         ModelInvalid: If it is not such a file, or its run file cannot be understood here.
     """
+    if adapter.is_dir():
+        raise SettingsInvalid(f"{adapter} is a folder; name the file in it, such as {adapter / 'adapter.safetensors'}")
     import json
 
     from fedpeft.adapters.adapter_file import open_adapter

@@ -128,7 +128,9 @@ def check_form(method: str, form: Format) -> None:
 
     if methods.get(method).peft_form is None:
         with_form = ", ".join(name for name in methods.names() if methods.get(name).peft_form)
-        raise ConfigInvalid(f"--format peft is for {with_form}; this run tunes {method}: take safetensors or timm")
+        raise ConfigInvalid(
+            f"--format peft is for {with_form}; this run tunes {method}: keep the adapter file (safetensors) itself"
+        )
 
 
 @contextmanager
