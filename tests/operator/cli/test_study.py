@@ -72,6 +72,10 @@ def test_results_are_compared_side_by_side(given, tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         main(["compare", str(tmp_path / "no such folder")])
     assert ended.value.code == 1 and "is neither the folder of a simulation" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["--server", "127.0.0.1:1", "compare", "mistyped"])
+    said = "there is no folder or file mistyped, and as the id of a run: no FedPEFT server answers at 127.0.0.1:1"
+    assert ended.value.code == 3 and said in capfd.readouterr().err
 
 
 def test_data_on_the_hub_are_trained_and_scored_on_by_their_name(tmp_path, capfd, monkeypatch):

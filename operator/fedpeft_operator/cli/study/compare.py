@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fedpeft import ids
+from fedpeft.errors import RunNotFound, ServerUnreachable
 from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import OF_NAMED, epilog
 from fedpeft_operator.cli.session import Session, run_async, session_of
@@ -61,4 +62,7 @@ def _source(session: Session, name: str) -> tuple[str, Mapping[str, Any] | Path]
         return path.name or str(path.resolve().name), path
     from fedpeft_operator.cli.run.commands import shown_run
 
-    return name, run_async(shown_run(session, name))
+    try:
+        return name, run_async(shown_run(session, name))
+    except (RunNotFound, ServerUnreachable) as error:
+        raise type(error)(f"there is no folder or file {name}, and as the id of a run: {error.message}") from None
