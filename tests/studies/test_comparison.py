@@ -82,6 +82,14 @@ def test_what_cannot_be_compared_is_named(tmp_path, content, fault):
         compared([("x", path)])
 
 
+def test_a_simulation_that_has_not_ended_is_none_to_compare_and_a_paused_one_is_named_so(tmp_path):
+    (tmp_path / "x" / "unfinished").mkdir(parents=True)
+    with pytest.raises(DataInvalid, match="x holds a simulation that has not ended; the command that began it goes on"):
+        compared([("x", tmp_path / "x")])
+    result = compared([("y", {**report("lora", [0.4]), "state": "paused"}), ("y", report("lora", [0.4]))])
+    assert [row[0] for row in outcome(result).rows] == ["y (paused)", "y"]
+
+
 @pytest.mark.parametrize("key", ["version", "payload_bytes_up", "metrics", "seconds"])
 def test_a_report_that_lacks_a_figure_is_named_with_it(tmp_path, study, key):
     broken = report("lora", [0.4])

@@ -12,10 +12,12 @@ from typing import Any
 
 from fedpeft import text_files
 from fedpeft.errors import DataInvalid
+from fedpeft.simulation.progress_log import UNFINISHED
 from fedpeft.studies.files import REPORT, STUDY
 from fedpeft.studies.results import CellResult, StudyResult, checked_report, load_report, load_results
 
 AXIS = "run"
+COMPLETED = "completed"
 
 
 def compared(sources: Sequence[tuple[str, Mapping[str, Any] | Path]]) -> StudyResult:
@@ -67,12 +69,16 @@ def _cells(name: str, source: Mapping[str, Any] | Path) -> list[CellResult]:
         return [_cell(name, load_report(source))]
     if source.is_file():
         return [_cell(name, _shown(source))]
+    if (source / UNFINISHED).is_dir():
+        raise DataInvalid(f"{source} holds a simulation that has not ended; the command that began it goes on with it")
     raise DataInvalid(f"{source} is neither the folder of a simulation or study, nor a file of fedpeft run show --json")
 
 
 def _cell(name: str, report: Mapping[str, Any]) -> CellResult:
     seed = int(report.get("config", {}).get("rounds", {}).get("seed", 0))
-    return CellResult("", {AXIS: name}, seed, name, report, "")
+    state = report.get("state", COMPLETED)
+    shown = name if state == COMPLETED else f"{name} ({state})"
+    return CellResult("", {AXIS: shown}, seed, shown, report, "")
 
 
 def _shown(file: Path) -> Mapping[str, Any]:
