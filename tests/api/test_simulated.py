@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 
 import fedpeft
 from fedpeft.data import partitions
@@ -93,6 +94,44 @@ def test_an_argument_that_is_no_path_is_named(here: Path, argument: str) -> None
     given: dict[str, object] = {"data": "sites", "out": "out", argument: object()}
     with pytest.raises(SettingsInvalid, match=rf"^{argument} is a path, .*a object was given"):
         fedpeft.simulate("emoji.toml", **given)  # type: ignore[arg-type]
+
+
+def test_a_run_file_without_classes_has_those_of_the_data(here: Path) -> None:
+    import datasets
+
+    def has(done: fedpeft.Simulation) -> list[str]:
+        return list(done.config.model.classes)
+
+    def opened(path: str) -> datasets.Dataset:
+        return datasets.Dataset.from_parquet(path, cache_dir=str(here / "cache"))
+
+    text = re.sub("classes = .*", "", RUN_FILE)
+    (here / "emoji.toml").write_text(text)
+    assert has(fedpeft.simulate("emoji.toml", "sites", "by-path")) == list(NAMES)
+    parts = {f"site-{k}": opened("test.parquet").select(range(k * 10, k * 10 + 10)) for k in range(3)}
+    assert has(fedpeft.simulate(tomllib.loads(text), parts, "by-client")) == list(NAMES)
+    run = tomllib.loads(text) | {"simulation": {"clients": 3}}
+    (here / "map.toml").write_text('dog = "cat"\nemu = "bird"\n')
+    renamed = fedpeft.simulate(run, opened("test.parquet"), "renamed", evaluate="test.parquet", label_map="map.toml")
+    assert has(renamed) == ["cat", "bird"]
+    with pytest.raises(DataInvalid, match=r"^data has 1 class, 'cat', and the run file names none"):
+        fedpeft.simulate(run, Letters(["a"] * 8), "out")
+    with pytest.raises(ConfigInvalid, match=r"^emoji\.toml:\d+: rounds\.count: "):
+        (here / "emoji.toml").write_text(text.replace("count = 2", "count = 0"))
+        fedpeft.simulate("emoji.toml", "sites", "out")
+
+
+class Letters(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """A data set of torch with labels of text, all of one class."""
+
+    def __init__(self, items: list[str]) -> None:
+        self.items, self.classes = items, ["cat"]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
+        return np.zeros((4, 4, 3), np.uint8), 0
 
 
 def test_an_interrupted_simulation_leaves_no_report_of_an_earlier_one(

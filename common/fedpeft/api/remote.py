@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-    from fedpeft.config import RunConfig
+    from fedpeft.config import FindClasses, RunConfig
     from fedpeft.peft import TunedModel
 
 T = TypeVar("T")
@@ -423,13 +423,24 @@ def connect(server: str | None = None, *, identity: str | Path | None = None, in
     return Server(caller.server, client)
 
 
-def configured(run: RunFile) -> RunConfig:
-    """Returns a run file, or what one says, as a `RunConfig`; raises `ConfigInvalid`."""
-    from fedpeft.config import RunConfig, load_run_file, parse_config
+def configured(run: RunFile, classes: FindClasses | None = None) -> RunConfig:
+    """Returns a run file, or what one says, as a `RunConfig`.
+
+    Args:
+        run: That.
+        classes: Asked for the classes of a run that names none.
+
+    Raises:
+        ConfigInvalid: If it is wrong.
+        SettingsInvalid: If it is none of these.
+    """
+    from fedpeft.config import RunConfig, load_run_file, parse_config, with_classes
 
     if isinstance(run, RunConfig):
         return run
-    return parse_config(run) if isinstance(run, Mapping) else load_run_file(path_of(run, "run"))
+    if isinstance(run, Mapping):
+        return parse_config(run if classes is None else with_classes(run, classes))
+    return load_run_file(path_of(run, "run"), classes=classes)
 
 
 async def _asked(client: Callable[[], OperatorClient], call: Callable[[OperatorClient], Coroutine[Any, Any, T]]) -> T:

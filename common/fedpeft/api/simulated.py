@@ -229,7 +229,8 @@ def simulate(
     """Holds a run's federation on this machine, to the bits that a server and agents give.
 
     Args:
-        run: A run file, what one says as nested mappings, or a `RunConfig`.
+        run: A run file, what one says as nested mappings, or a `RunConfig`. If the first two name no classes, the run
+            has those of the data, as the label map renames them.
         data: A folder of clients that `fedpeft partition` wrote, or one data set that `[simulation]` divides: its path,
             a map-style `Dataset` of torch, or a `Dataset` of the Hugging Face library. Or a mapping of clients' names
             to such data sets.
@@ -246,7 +247,7 @@ def simulate(
 
     Raises:
         ConfigInvalid: If the run file is wrong, or wants more clients than there are.
-        DataInvalid: If a client's data, or the held-out data, cannot be used.
+        DataInvalid: If a client's data, or the held-out data, cannot be used, or no run can have their classes.
         LocalError: If the library of a tracker is not installed.
         ModelInvalid: If the model or its weights cannot be had.
         SettingsInvalid: If an argument that names a place is no path.
@@ -255,21 +256,19 @@ def simulate(
     from fedpeft import simulation
     from fedpeft.tracking import tracking_to
 
-    config, folder = configured(run), path_of(out, "out")
+    renamed = None if label_map is None else path_of(label_map, "label_map")
+    given = _GivenData(data, image_column, label_column, renamed)
+    config, folder = configured(run, given.classes), path_of(out, "out")
     tracking = tracking_to(track, folder)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
-    if isinstance(data, Mapping) and not hasattr(data, "cast_column"):
-        clients = {str(client): _opened(each, f"data[{client!r}]", reading) for client, each in data.items()}
-        partition = None
-    else:
-        clients, partition = simulation.clients_of(_opened(data, "data", reading), config, reading)
+    clients, partition = given.clients(config, reading)
     simulation.simulate(
         config,
         clients,
         folder,
         None if evaluate is None else _opened(evaluate, "evaluate", reading),
         None if weights is None else path_of(weights, "weights"),
-        label_map=None if label_map is None else path_of(label_map, "label_map"),
+        label_map=renamed,
         device=device,
         reading=reading,
         partition=partition,
@@ -277,6 +276,59 @@ def simulate(
         tracking=tracking,
     )
     return Simulation(out)
+
+
+class _GivenData:
+    """Training data as a program gives them: a path, a data set, or several by client.
+
+    Args:
+        data: As `simulate` takes them.
+        image_column: Column of the images, if it was named.
+        label_column: Column of the labels, likewise.
+        label_map: The file that renames their classes, if there is one.
+    """
+
+    def __init__(
+        self, data: Any, image_column: str | None, label_column: str | None, label_map: Path | None = None
+    ) -> None:
+        self._by_client = isinstance(data, Mapping) and not hasattr(data, "cast_column")
+        self._data = {f"data[{name!r}]": each for name, each in data.items()} if self._by_client else {"data": data}
+        self._names = list(map(str, data)) if self._by_client else []
+        self._columns = image_column, label_column
+        self._label_map = label_map
+        self._open: list[Path | Data] = []
+
+    def classes(self, image: str | None, label: str | None) -> list[str]:
+        """Returns the classes that a run on them has if it names none, see `fedpeft.config.with_classes`."""
+        from fedpeft.data.client_folders import classes_of, classes_there
+        from fedpeft.data.labels import read_label_map
+        from fedpeft.data.reading import Reading
+        from fedpeft.data.sources.opening import open_source
+
+        columns = self._columns[0] or image, self._columns[1] or label
+        renamed = None if self._label_map is None else read_label_map(self._label_map)
+        opened = self._opened(Reading(*columns))
+        if not self._by_client and isinstance(opened[0], Path):
+            return classes_there(opened[0], *columns, renamed)
+        sources = (open_source(each, *columns) if isinstance(each, Path) else each for each in opened)
+        return classes_of(sources, "data", renamed)
+
+    def clients(
+        self, config: RunConfig, reading: Reading
+    ) -> tuple[Mapping[str, Path | Data], Mapping[str, Any] | None]:
+        """Returns the data by client, and the record of their division, None where they come divided."""
+        from fedpeft.simulation import clients_of
+
+        opened = self._opened(reading)
+        if self._by_client:
+            return dict(zip(self._names, opened, strict=True)), None
+        return clients_of(opened[0], config, reading)
+
+    def _opened(self, reading: Reading) -> list[Path | Data]:
+        """Returns all of them, opened once: a data set of torch without `targets` is read for its labels."""
+        if not self._open:
+            self._open = [_opened(each, name, reading) for name, each in self._data.items()]
+        return self._open
 
 
 def _opened(data: Any, name: str, reading: Reading) -> Path | Data:

@@ -11,7 +11,15 @@ from fedpeft.config.model import UNLABELLED, ModelConfig, split_task
 from fedpeft.config.peft import PeftConfig
 from fedpeft.config.privacy import DEFAULT_QUANTILE_RATE, MOST_NOISE, Mechanism, PrivacyConfig
 from fedpeft.config.rounds import DEFAULT_POLICY, DEFAULT_STALENESS, LEAST_DEADLINE_S, RoundsConfig, default_quorum
-from fedpeft.config.run import RunConfig, faults_in, load_run_file, parse_config, run_table
+from fedpeft.config.run import (
+    FindClasses,
+    RunConfig,
+    faults_in,
+    load_run_file,
+    parse_config,
+    run_table,
+    with_classes,
+)
 from fedpeft.config.section import ClassName, Name
 from fedpeft.config.simulation import SimulationConfig
 from fedpeft.config.training import (
@@ -38,6 +46,7 @@ __all__ = [
     "AlgorithmConfig",
     "ClassName",
     "CodecConfig",
+    "FindClasses",
     "Mechanism",
     "ModelConfig",
     "Name",
@@ -53,4 +62,5 @@ __all__ = [
     "parse_config",
     "run_table",
     "split_task",
+    "with_classes",
 ]

@@ -16,6 +16,9 @@ from fedpeft.formatting import counted
 UNLABELLED = "examples"
 """The one class of a task that has none."""
 
+LEAST_CLASSES, MOST_CLASSES = 2, 100_000
+"""Number of a run's classes; a task may have one."""
+
 _MODEL_NAME = re.compile(r"([a-z][a-z0-9_\-]*:)?[A-Za-z0-9_.\-]+")
 _HUB_NAME = re.compile(r"(?:hf[-_]hub:(?:timm/)?|timm/)([A-Za-z0-9_.\-]+)")
 _WEIGHTS_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
@@ -83,10 +86,11 @@ class ModelConfig(Section):
     @field_validator("classes")
     @classmethod
     def _distinct(cls, classes: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        least = 1 if split_task(info.data.get("name", ""))[0] else 2
-        if not least <= len(classes) <= 100_000:
+        least = 1 if split_task(info.data.get("name", ""))[0] else LEAST_CLASSES
+        if not least <= len(classes) <= MOST_CLASSES:
             raise ValueError(
-                f"{counted(len(classes), 'class', 'classes')}; at least {least} (and at most 100,000) are needed"
+                f"{counted(len(classes), 'class', 'classes')}; at least {least} (and at most {MOST_CLASSES:,}) are "
+                "needed"
             )
         classes = tuple(unicodedata.normalize("NFC", name) for name in classes)  # as sites compare them
         if twice := sorted(name for name, times in Counter(classes).items() if times > 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 from fedpeft import text_files
 from fedpeft.config.aggregation import AggregationConfig
 from fedpeft.config.codec import CodecConfig
-from fedpeft.config.model import ModelConfig
+from fedpeft.config.model import ModelConfig, split_task
 from fedpeft.config.overrides import merged
 from fedpeft.config.peft import PeftConfig
 from fedpeft.config.privacy import PrivacyConfig
@@ -23,6 +23,9 @@ from fedpeft.config.simulation import SimulationConfig
 from fedpeft.config.training import TrainingConfig
 from fedpeft.config_errors import faults_of, in_file
 from fedpeft.errors import ConfigInvalid, ModelInvalid
+
+FindClasses = Callable[[str | None, str | None], Sequence[str]]
+"""Finds the classes of data whose images and labels are in these columns; None each: in the usual ones."""
 
 
 class RunConfig(Section):
@@ -53,18 +56,37 @@ def parse_config(data: Mapping[str, Any]) -> RunConfig:
         raise ConfigInvalid("; ".join(f"{path}: {text}" for path, text in faults), faults) from None
 
 
-def load_run_file(path: Path, override: Mapping[str, Any] = MappingProxyType({})) -> RunConfig:
+def load_run_file(
+    path: Path, override: Mapping[str, Any] = MappingProxyType({}), classes: FindClasses | None = None
+) -> RunConfig:
     """Reads and validates a TOML run file.
 
     Args:
         path: The file.
         override: Fields that are set in place of the file's, see `fedpeft.config.overrides`.
+        classes: Asked for the classes of a run that names none, see `with_classes`.
 
     Raises:
         ConfigInvalid: If the file cannot be read, is not TOML, or breaks a rule; with file, line and field.
     """
     with faults_in(path, override):
-        return parse_config(merged(run_table(path), override))
+        table = merged(run_table(path), override)
+        return parse_config(table if classes is None else with_classes(table, classes))
+
+
+def with_classes(table: Mapping[str, Any], classes: FindClasses) -> dict[str, Any]:
+    """Returns a run's tables; those of an image classifier that names no classes with the classes of its data.
+
+    Args:
+        table: The tables.
+        classes: Called with the image and the label column that `[simulation]` names, None each if it does not.
+    """
+    model, own = table.get("model"), table.get("simulation")
+    if not isinstance(model, Mapping) or "classes" in model or split_task(str(model.get("name", "")))[0]:
+        return dict(table)
+    said = (own.get(key) if isinstance(own, Mapping) else None for key in ("image_column", "label_column"))
+    image, label = (column if isinstance(column, str) else None for column in said)
+    return merged(table, {"model": {"classes": list(classes(image, label))}})
 
 
 def run_table(path: Path) -> dict[str, Any]:

@@ -16,13 +16,30 @@ from fedpeft.registry import registry_of
 
 def _plain(text: str) -> str:
     """Refuses control characters: names are printed on terminals, where they would move the cursor or worse."""
-    if wrong := [c for c in text if unicodedata.category(c) == "Cc"]:
-        raise ValueError(f"holds the control character {wrong[0]!r}")
+    if wrong := _control(text):
+        raise ValueError(f"holds the control character {wrong!r}")
     return text
 
 
+def _control(text: str) -> str:
+    """Returns the first control character of a text; "" if it has none."""
+    return next((c for c in text if unicodedata.category(c) == "Cc"), "")
+
+
+LONGEST_CLASS = 256
+"""Characters of a class's name."""
+
 Name = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_plain)]
-ClassName = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_plain)]
+ClassName = Annotated[str, Field(min_length=1, max_length=LONGEST_CLASS), AfterValidator(_plain)]
+
+
+def class_fault(name: str) -> str:
+    """Returns the reason why a text is no `ClassName`, as a clause; "" if it is one."""
+    if not name:
+        return "its name is empty"
+    if len(name) > LONGEST_CLASS:
+        return f"its name has {len(name):,} characters, more than {LONGEST_CLASS}"
+    return f"its name holds the control character {wrong!r}" if (wrong := _control(name)) else ""
 
 
 class Section(BaseModel):

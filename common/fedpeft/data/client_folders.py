@@ -1,18 +1,25 @@
-"""Folders of clients: which members are clients, and that none of them is a split of one data set."""
+"""Folders of clients: which members are clients, that none is a split of one data set, and the classes of all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fedpeft import text_files
+from fedpeft.config.model import LEAST_CLASSES, MOST_CLASSES
+from fedpeft.config.section import class_fault
+from fedpeft.config_errors import LONGEST_VALUE
+from fedpeft.data.examples import Examples
+from fedpeft.data.labels import nfc
 from fedpeft.data.partition_writer import RECORD, file_name
 from fedpeft.data.sources.file_names import is_system, shown
+from fedpeft.data.sources.interface import Source
 from fedpeft.data.sources.opening import INDEX_SUFFIX, is_index, open_source, parquet_files
 from fedpeft.data.sources.parquet_labels import NO_LABEL
 from fedpeft.data.sources.splits import one_to_train_on, splits_among
 from fedpeft.errors import DataInvalid
+from fedpeft.formatting import counted
 
 _NAMED = 5
 
@@ -41,21 +48,70 @@ def clients_in(path: Path) -> dict[str, Path]:
     return found
 
 
-def classes_there(path: Path, image_column: str | None = None, label_column: str | None = None) -> list[str]:
-    """Returns the class names of images, of all clients where there are several, in the order in which they are found.
+def classes_there(
+    path: Path,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    label_map: Mapping[str, str | None] | None = None,
+) -> list[str]:
+    """Returns the classes of a run on images that names none: of all clients where there are several.
 
     Args:
         path: A folder of clients, or one data set as `open_source` takes it.
         image_column: Column of parquet that holds the images.
         label_column: Column of parquet that holds the labels.
+        label_map: Own class name to the run's, None to drop the class.
 
     Raises:
-        DataInvalid: If the data cannot be read.
+        DataInvalid: If the data cannot be read, or no run can have their classes.
     """
-    places = list(clients_in(path).values()) if path.is_dir() else []
+    try:
+        places = list(clients_in(path).values()) if path.is_dir() else []
+    except OSError as error:
+        raise DataInvalid(f"cannot read {error.filename or path}: {error.strerror}") from None
     sources = (open_source(place, image_column, label_column) for place in places or [path])
-    names = dict.fromkeys(name for source in sources for name in source.class_names)
-    return [name for name in names if name != NO_LABEL]
+    return classes_of(sources, str(path), label_map)
+
+
+def classes_of(
+    sources: Iterable[Source | Examples], where: str, label_map: Mapping[str, str | None] | None = None
+) -> list[str]:
+    """Returns the classes of a run on sources that names none, in the order in which they are found.
+
+    Rows without a label, and numbers without a name where others have one (-1, 255), are of no class unless the label
+    map gives them one, so that the run refuses them.
+
+    Args:
+        sources: The data of all clients.
+        where: Name of the data in messages.
+        label_map: Own class name to the run's, None to drop the class.
+
+    Raises:
+        DataInvalid: If a class, or the number of them, is none that a run can have.
+    """
+    found: dict[str, None] = {}
+    without_class = {NO_LABEL}
+    for source in sources:
+        found |= dict.fromkeys(map(nfc, source.class_names))
+        without_class |= source.unnamed
+    renamed = {nfc(own): name for own, name in (label_map or {}).items()}
+    mapped = (renamed.get(own, None if own in without_class else own) for own in found)
+    classes = list(dict.fromkeys(nfc(name) for name in mapped if name is not None))
+    for name in classes:
+        if fault := class_fault(name):
+            short = repr(name) if len(name) <= LONGEST_VALUE else f"{name[:LONGEST_VALUE]!r}..."
+            raise DataInvalid(
+                f"{where}: class {short} is none that a run can have: {fault}; a label map can rename it or leave its "
+                "rows out"
+            )
+    if not LEAST_CLASSES <= len(classes) <= MOST_CLASSES:
+        only = f", {classes[0]!r}," if len(classes) == 1 else ""
+        needed = f"at least {LEAST_CLASSES}" if len(classes) < LEAST_CLASSES else f"at most {MOST_CLASSES:,}"
+        raise DataInvalid(
+            f"{where} has {counted(len(classes), 'class', 'classes')}{only} and the run file names none; a run needs "
+            f"{needed}: give other data, or name the run's in model.classes"
+        )
+    return classes
 
 
 def subfolders(path: Path) -> list[Path]:

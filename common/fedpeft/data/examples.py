@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ class Examples:
     values: NDArray[Any] = field(repr=False)
     labels: NDArray[np.int64] = field(repr=False)
     class_names: tuple[str, ...]
+    unnamed: ClassVar[frozenset[str]] = frozenset()
+    """See `fedpeft.data.sources.interface.Source.unnamed`."""
 
     def __post_init__(self) -> None:
         if not len(self.labels) or len(self.values) != len(self.labels):

@@ -10,12 +10,13 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from fedpeft.config import RunConfig, parse_config
+from fedpeft.config import RunConfig, parse_config, with_classes
 from fedpeft.config.overrides import Table, at_key, merged, united, value_of
+from fedpeft.data.client_folders import classes_there
 from fedpeft.data.contents import digest_of
 from fedpeft.data.sources.hub import has_split, is_hub, local_path
 from fedpeft.errors import ConfigInvalid, DataInvalid
@@ -108,7 +109,7 @@ def cells_of(
 
     Raises:
         ConfigInvalid: If a cell's run file is wrong, with the cell; if there is no such axis or point; or too many.
-        DataInvalid: If the data of a cell is not there.
+        DataInvalid: If the data of a cell is not there, or no run can have their classes and it names none.
     """
     axes = _chosen(study, only or {})
     if (number := len(study.seeds) * math.prod(len(points) for points in axes.values())) > MOST_CELLS:
@@ -116,9 +117,10 @@ def cells_of(
     if unknown := sorted(places.keys() - study.data.keys()):
         raise ConfigInvalid(f"there is no data set {unknown[0]!r}; those of this study: {', '.join(study.data)}")
     place = cache(lambda data: _places(data, study.data[data], places.get(data)))  # once a data set, not once a cell
+    classes = cache(classes_there)  # likewise
     found: list[Cell] = []
     for points in itertools.product(*([(axis, point) for point in chosen] for axis, chosen in axes.items())):
-        found += _cells_at(study, dict(points), place, override or {})
+        found += _cells_at(study, dict(points), place, classes, override or {})
     return found
 
 
@@ -178,6 +180,7 @@ def _cells_at(
     study: StudyFile,
     points: Mapping[str, str],
     place: Callable[[str], tuple[Path, Path | None]],
+    classes: Callable[[Path, str | None, str | None], Sequence[str]],
     override: Mapping[str, Any],
 ) -> list[Cell]:
     """Returns the cells of one combination of points, one a seed."""
@@ -190,6 +193,7 @@ def _cells_at(
         raise ConfigInvalid(f"{at}: no data set is named, and the study has {len(study.data)}; give data_set = ...")
     train, test = place(data)
     table = merged(merged(merged(study.run, study.data[data].run), fields), override)
+    table = with_classes(table, partial(classes, train))
     found = []
     for seed in study.seeds:
         try:

@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from fedpeft.data.sources.opening import open_source
 from fedpeft_operator.app import main
 from fedpeft_operator.cli.simulation import progress
 
-from ...data.test_sources import png, table, write
+from ...data.test_sources import NAMES, png, table, write
 from ...simulation.simulated_runs import failing
 
 RUN_FILE = """
@@ -84,6 +85,61 @@ def test_one_s_own_folder_of_images_brings_its_classes_and_the_start_says_what_i
         main([*command[:3], str(tmp_path / "sites"), "--out", str(tmp_path / "again"), "--device", "cpu"])
     assert ended.value.code == 0
     assert capfd.readouterr().err.splitlines()[1].startswith("2 clients; building the model")
+
+
+def without_classes(folder):
+    """Writes the run file without its classes."""
+    path = folder / "run.toml"
+    path.write_text(RUN_FILE.replace('classes = ["cat", "dog", "emu"]', ""))
+    return path
+
+
+def refused(capfd, *arguments):
+    """Returns the last line of a command that does not succeed."""
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", *map(str, arguments), "--device", "cpu"])
+    assert ended.value.code not in (0, None)
+    return capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(-1, pa.int64()), (255, pa.uint8())])
+def test_rows_whose_number_has_no_name_are_no_class_of_the_data(tmp_path, capfd, number, kind):
+    labels = pa.array([number if k in (4, 9) else k % 3 for k in range(30)], kind)
+    file, data = without_classes(tmp_path), write(tmp_path / "d.parquet", table(30).set_column(1, "label", labels))
+    command = [file, "--data", data, "--out", tmp_path / "out"]
+    assert refused(capfd, *command).endswith(
+        f"class '{number}' (1 row) is not among the run's; the run's classes are cat, dog, emu; a label map can "
+        f'rename it or leave its rows out ("{number}" = "")'
+    )
+    for renamed, classes in (("", ["cat", "dog", "emu"]), ("fox", ["cat", "dog", "emu", "fox"])):
+        (tmp_path / "map.toml").write_text(f'"{number}" = "{renamed}"')
+        with pytest.raises(SystemExit) as ended:
+            main(["simulate", *map(str, command), "--label-map", str(tmp_path / "map.toml"), "--device", "cpu"])
+        assert ended.value.code == 0, capfd.readouterr().err
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["config"]["model"]["classes"] == classes
+
+
+def test_classes_of_the_data_that_no_run_can_have_are_faults_of_the_data(tmp_path, capfd):
+    file, photos = without_classes(tmp_path), tmp_path / "photos"
+    (photos / "Kreis").mkdir(parents=True)
+    (photos / "Kreis" / "0.png").write_bytes(png(0))
+    command = [file, "--data", photos, "--out", tmp_path / "out"]
+    assert refused(capfd, *command) == (
+        f"fedpeft: {photos} has 1 class, 'Kreis', and the run file names none; a run needs at least 2: give other "
+        "data, or name the run's in model.classes"
+    )
+    (photos / "Qua\x1b[31mdrat").mkdir()
+    (photos / "Qua\x1b[31mdrat" / "1.png").write_bytes(png(1))
+    assert refused(capfd, *command) == (
+        f"fedpeft: {photos}: class 'Qua\\x1b[31mdrat' is none that a run can have: its name holds the control "
+        "character '\\x1b'; a label map can rename it or leave its rows out"
+    )
+    labels = pa.array(["" if k == 4 else NAMES[k % 3] for k in range(30)])
+    data = write(tmp_path / "d.parquet", table(30, names=None).set_column(1, "label", labels))
+    assert refused(capfd, file, "--data", data, "--out", tmp_path / "out") == (
+        f"fedpeft: {data}: class '' is none that a run can have: its name is empty; a label map can rename it or "
+        "leave its rows out"
+    )
 
 
 def test_tracked_rounds_are_those_of_the_report_also_when_it_goes_on(tmp_path, capfd, monkeypatch):

@@ -88,6 +88,16 @@ def test_data_on_the_hub_are_trained_and_scored_on_by_their_name(tmp_path, capfd
     assert re.search(r"^method=head, seed=7: accuracy \d+\.\d %", err, re.M)
 
 
+def test_cells_without_classes_have_those_of_their_training_data(tmp_path, capfd):
+    run = STUDY.partition("[run.model]")[2].partition("[data.pets")[0].replace("[run.", "[")
+    (tmp_path / "run.toml").write_text("[model]" + run)
+    out, data = tmp_path / "out", pets(tmp_path / "pets")
+    code, said, err = command(capfd, "run", tmp_path / "run.toml", "--data", data, "--out", out, "--device", "cpu")
+    assert (code, said.partition("\n")[0]) == (0, "run: 1 cell of 1 with results"), err
+    (report,) = (out / "cells").glob("*/report.json")
+    assert json.loads(report.read_text())["config"]["model"]["classes"] == ["cat", "dog", "emu"]
+
+
 def test_a_study_with_a_failed_cell_ends_with_5_and_names_it(given, tmp_path, capfd):
     grid = ["--grid", "model.weights=none,absent", "--only", "method=head"]
     code, said, err = command(capfd, "run", *given, *grid, "--out", tmp_path / "out")

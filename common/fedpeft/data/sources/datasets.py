@@ -86,7 +86,9 @@ class ArrowDataset(_Unwritten):
         self._image = image
         labels = self._dataset.select_columns([label]).with_format("arrow")[:]
         schema: Any = dataset.features.arrow_schema
-        self.class_names, self.labels = read_labels(schema, label, labels.column(label).chunks, "the data set")
+        self.class_names, self.labels, self.unnamed = read_labels(
+            schema, label, labels.column(label).chunks, "the data set"
+        )
         self.image_bytes_total = only.data.nbytes * len(only) // max(only.data.num_rows, 1)
 
     def __len__(self) -> int:
@@ -136,7 +138,7 @@ class TorchDataset(_Unwritten):
         names = _classes(dataset, labels)
         known = metadata({"label": {"names": list(map(str, names)), "_type": "ClassLabel"}}) if names else None
         schema = pa.schema([("label", values.type)], metadata=known)
-        self.class_names, self.labels = read_labels(schema, "label", [values], "the data set")
+        self.class_names, self.labels, self.unnamed = read_labels(schema, "label", [values], "the data set")
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -56,6 +56,9 @@ class FolderSource:
             or the subfolders are splits, or hold some.
     """
 
+    unnamed: frozenset[str] = frozenset()
+    """See `Source.unnamed`: each class has its folder's name."""
+
     def __init__(self, root: Path) -> None:
         self._root = root
         self._paths: list[str] = []

@@ -39,6 +39,10 @@ class Source(Protocol):
         """The site's own class names; label k is ``class_names[k]``."""
 
     @property
+    def unnamed(self) -> frozenset[str]:
+        """Those of `class_names` that are figures of numbers without a name, where others have one (-1, 255)."""
+
+    @property
     def labels(self) -> Indices:
         """The label of every row, int64[rows], read-only."""
 
@@ -155,6 +159,11 @@ class Selection:
     def class_names(self) -> tuple[str, ...]:
         """The class names of the whole source, so that clients of one source agree."""
         return self._source.class_names
+
+    @property
+    def unnamed(self) -> frozenset[str]:
+        """Of the whole source."""
+        return self._source.unnamed
 
     @property
     def image_bytes_total(self) -> int:

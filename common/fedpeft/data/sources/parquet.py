@@ -66,7 +66,7 @@ class ParquetSource:
         if not len(self):
             raise DataInvalid(f"{self._files} has no rows")
         column = [batch.column(label) for batch in self._batches]
-        self.class_names, self.labels = read_labels(self.schema, label, column, str(self._files))
+        self.class_names, self.labels, self.unnamed = read_labels(self.schema, label, column, str(self._files))
         self.image_bytes_total = sum(images.nbytes for images in self._images)
 
     def __len__(self) -> int:

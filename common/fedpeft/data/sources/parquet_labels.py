@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +16,21 @@ NO_LABEL = "(no label)"
 """The class of rows that have none, so that a label map can name it."""
 
 
-def read_labels(
-    schema: pa.Schema, name: str, column: Sequence[pa.Array], where: str
-) -> tuple[tuple[str, ...], Indices]:
+class Labels(NamedTuple):
+    """The labels of a column.
+
+    Attributes:
+        class_names: See `Source.class_names`.
+        labels: See `Source.labels`.
+        unnamed: See `Source.unnamed`.
+    """
+
+    class_names: tuple[str, ...]
+    labels: Indices
+    unnamed: frozenset[str]
+
+
+def read_labels(schema: pa.Schema, name: str, column: Sequence[pa.Array], where: str) -> Labels:
     """Returns class names and labels of a column that came in batches.
 
     What has no name in the schema is a class of its own, which no run has and a label map can name: an integer by its
@@ -36,7 +48,7 @@ def read_labels(
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         known = np.asarray(values.drop_null().to_pylist(), dtype=object).astype(str)
         names, labels = np.unique(known, return_inverse=True)
-        return _with_missing(tuple(map(str, names)), labels, values)
+        return Labels(*_with_missing(tuple(map(str, names)), labels, values), frozenset())
     if pa.types.is_floating(kind):  # what pandas makes of integers where one is missing
         values = _whole(values, where)
     elif not pa.types.is_integer(kind):
@@ -45,7 +57,9 @@ def read_labels(
     if numbers.size and int(numbers.max()) >= 2**63:
         raise DataInvalid(f"{where}: label column {name!r} holds {numbers.max()}; numbers below 2^63 are read")
     numbers = numbers.astype(np.int64)
-    return _with_missing(*_integers(class_names(schema, name) or (), numbers), values)
+    named = class_names(schema, name) or ()
+    all_names, positions = _integers(named, numbers)
+    return Labels(*_with_missing(all_names, positions, values), frozenset(all_names[len(named) :] if named else ()))
 
 
 def _whole(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:

@@ -57,7 +57,7 @@ def simulate(
     note = output.note if not as_json else lambda _: None
     placed = {} if engine is None else {"simulation": {"engine": engine}}
     override = joined(override_of(settings, seed), placed)
-    config = start.config_of(file, override, None if label_map else data, image_column, label_column)
+    config = start.config_of(file, override, data, label_map, image_column, label_column)
     check_needed(config.model, weights)
     note(f"{config.name}: {start.plan(config)}; loading PyTorch and {data} ...")
     from fedpeft import simulation

@@ -14,34 +14,37 @@ if TYPE_CHECKING:
 
 
 def config_of(
-    file: Path, override: views.Json, data: Path | None, image_column: str | None, label_column: str | None
+    file: Path,
+    override: views.Json,
+    data: Path,
+    label_map: Path | None,
+    image_column: str | None,
+    label_column: str | None,
 ) -> RunConfig:
     """Returns the run, with the classes of the data if it names none.
 
     Args:
         file: The run file.
         override: Fields in place of its own.
-        data: The data; None if a label map renames their classes, so that the run's are others.
+        data: The data.
+        label_map: The file that renames their classes, if there is one.
         image_column: Column of the images, if it was named.
         label_column: Column of the labels, likewise.
 
     Raises:
         ConfigInvalid: If the run file, or the override, is wrong.
-        DataInvalid: If the classes cannot be read.
+        DataInvalid: If the classes, or the label map, cannot be read, or no run can have such classes.
     """
-    from fedpeft.config import load_run_file, run_table
-    from fedpeft.config.overrides import merged
+    from fedpeft.config import load_run_file
 
-    table = merged(run_table(file), override)
-    model, own = table.get("model"), table.get("simulation")
-    named = not isinstance(model, dict) or "classes" in model or ":" in str(model.get("name", ""))
-    if data is None or named:
-        return load_run_file(file, override)
-    from fedpeft.data.client_folders import classes_there
+    def classes(image: str | None, label: str | None) -> list[str]:
+        from fedpeft.data.client_folders import classes_there
+        from fedpeft.data.labels import read_label_map
 
-    own = own if isinstance(own, dict) else {}
-    columns = image_column or own.get("image_column"), label_column or own.get("label_column")
-    return load_run_file(file, merged({"model": {"classes": classes_there(data, *columns)}}, override))
+        renamed = None if label_map is None else read_label_map(label_map)
+        return classes_there(data, image_column or image, label_column or label, renamed)
+
+    return load_run_file(file, override, classes)
 
 
 def plan(config: RunConfig) -> str:
