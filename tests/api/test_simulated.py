@@ -96,6 +96,20 @@ def test_an_argument_that_is_no_path_is_named(here: Path, argument: str) -> None
         fedpeft.simulate("emoji.toml", **given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("argument", ["run", "data", "out", "evaluate", "weights", "label_map"])
+def test_an_empty_argument_is_not_the_folder_here(here: Path, argument: str) -> None:
+    given: dict[str, object] = {"run": "emoji.toml", "data": "sites", "out": "out", argument: ""}
+    with pytest.raises(SettingsInvalid, match=rf"^{argument} is empty: a variable that is not set, perhaps$"):
+        fedpeft.simulate(**given)  # type: ignore[arg-type]
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("track", ["tensorboard", 5, [5]])
+def test_trackers_are_a_list_of_texts(here: Path, track: object) -> None:
+    with pytest.raises(SettingsInvalid, match=r"^track is a list of texts; .* was given$"):
+        fedpeft.simulate("emoji.toml", "sites", "out", track=track)  # type: ignore[arg-type]
+
+
 def test_a_run_file_without_classes_has_those_of_the_data(here: Path) -> None:
     import datasets
 

@@ -43,6 +43,29 @@ def test_a_folder_s_results_are_opened_again(done):
     assert cell.config.rounds.seed == 3 and cell.config.training.batch_size == 8
 
 
+WRONG_TYPES = [
+    ("seeds", 5, "seeds is a list of whole numbers; 5 was given"),
+    ("seeds", "12", "seeds is a list of whole numbers; '12' was given"),
+    ("seeds", [1.5], "seeds is a list of whole numbers; [1.5] was given"),
+    ("seeds", [True], "seeds is a list of whole numbers; [True] was given"),
+    ("only", ["head"], "only is a mapping of axes to lists of their points; ['head'] was given"),
+    ("only", {"method": 5}, "only is a mapping of axes to lists of their points; {'method': 5} was given"),
+    ("grid", [1], "grid is a mapping of keys of a run file to lists of values; [1] was given"),
+    (
+        "grid",
+        {"rounds.count": 5},
+        "grid is a mapping of keys of a run file to lists of values; {'rounds.count': 5} was given",
+    ),
+    ("grid", {5: [1]}, "grid is a mapping of keys of a run file to lists of values; {5: [1]} was given"),
+    ("override", 3, "override is a mapping of keys of a run file to values; 3 was given"),
+    ("override", {3: 3}, "override is a mapping of keys of a run file to values; {3: 3} was given"),
+    ("track", "mlflow", "track is a list of texts; 'mlflow' was given"),
+    ("track", 5, "track is a list of texts; 5 was given"),
+    ("scale", 5, "scale is a text; 5 was given"),
+    ("device", 5, "device is a text; 5 was given"),
+]
+
+
 def test_wrong_arguments_are_named(tmp_path):
     file, data = study_file(tmp_path), pets(tmp_path / "pets")
     with pytest.raises(ConfigInvalid, match="give a list of values"):
@@ -52,5 +75,14 @@ def test_wrong_arguments_are_named(tmp_path):
     for wrong in ({"jobs": 0}, {"threads": 0}, {"jobs": "2"}):
         with pytest.raises(SettingsInvalid, match="is a whole number from 1 on"):
             fedpeft.study(file, data, tmp_path / "out", **wrong)
+    for name in ("file", "data", "out", "weights"):
+        with pytest.raises(SettingsInvalid, match=f"^{name} is empty: a variable that is not set, perhaps$"):
+            fedpeft.study(**{"file": file, "data": data, "out": tmp_path / "out", name: ""})
+    with pytest.raises(SettingsInvalid, match=r"^data\['pets'\] is empty"):
+        fedpeft.study(file, {"pets": ""}, tmp_path / "out")
+    for name, wrong, words in WRONG_TYPES:
+        with pytest.raises(SettingsInvalid) as refused:
+            fedpeft.study(file, data, tmp_path / "out", **{name: wrong})
+        assert refused.value.message == words
     with pytest.raises(DataInvalid, match="give --data pets=FOLDER"):
         fedpeft.study(file, tmp_path / "absent", tmp_path / "out")

@@ -27,7 +27,7 @@ from fedpeft.api.following import RunSnapshot, follow
 from fedpeft.api.narration import Narrator
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.api.tables import rounds_html, runs_html
-from fedpeft.paths import path_of
+from fedpeft.arguments import path_of
 from fedpeft.rpc import grpc_core
 from fedpeft.v1 import operator_service_pb2, run_pb2
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.api.remote import RunFile, Scored, configured
 from fedpeft.api.round_table import COLUMNS, of_json
+from fedpeft.arguments import list_of, path_of
 from fedpeft.export.recorded import recorded_sha256
 from fedpeft.frames import frame_of, table_html
-from fedpeft.paths import path_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -250,7 +250,7 @@ def simulate(
         DataInvalid: If a client's data, or the held-out data, cannot be used, or no run can have their classes.
         LocalError: If the library of a tracker is not installed.
         ModelInvalid: If the model or its weights cannot be had.
-        SettingsInvalid: If an argument that names a place is no path.
+        SettingsInvalid: If an argument that names a place is no path, or `track` no list of texts.
         StateInvalid: If `out` cannot be written, or another simulation writes there.
     """
     from fedpeft import simulation
@@ -259,7 +259,7 @@ def simulate(
     renamed = None if label_map is None else path_of(label_map, "label_map")
     given = _GivenData(data, image_column, label_column, renamed)
     config, folder = configured(run, given.classes), path_of(out, "out")
-    tracking = tracking_to(track, folder)
+    tracking = tracking_to(list_of(track, "track", str, "texts"), folder)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
     clients, partition = given.clients(config, reading)
     simulation.simulate(

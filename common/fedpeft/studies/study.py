@@ -14,14 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.arguments import is_list, list_of, mapping_of, path_of, text_of
 from fedpeft.config.overrides import at_key, united
 from fedpeft.errors import ConfigInvalid, SettingsInvalid
 from fedpeft.frames import frame_of, table_html
-from fedpeft.paths import path_of
 
 if TYPE_CHECKING:
     import pandas
 
+    from fedpeft.studies.assembly import Changes
     from fedpeft.studies.results import Group, StudyResult
 
 
@@ -128,24 +129,40 @@ def study(
     for name, number in (("threads", threads), ("jobs", 1 if jobs is None else jobs)):
         if not isinstance(number, int) or number < 1:
             raise SettingsInvalid(f"{name} is a whole number from 1 on; {number!r} was given")
-    from fedpeft.studies.assembly import Changes, assembled
+    text_of(device, "device")
+    changes = _changes(scale, override, seeds, grid, only)
+    tracked = tuple(list_of(track, "track", str, "texts"))
+    from fedpeft.studies.assembly import assembled
     from fedpeft.studies.cell_process import run_cell
     from fedpeft.studies.cell_trackers import CellTrackers
     from fedpeft.studies.cells import Machine
     from fedpeft.studies.execution import cells_at_once, execute
 
-    named = data if isinstance(data, Mapping) else {"": data}
-    places = {name: path_of(path, "data") for name, path in named.items()}
-    changes = Changes(scale, _tables(override or {}), seeds, _axes(grid or {}), only or {})
+    if isinstance(data, Mapping):
+        places = {name: path_of(path, f"data[{name!r}]") for name, path in data.items()}
+    else:
+        places = {"": path_of(data, "data")}
     found, cells = assembled(path_of(file, "file"), places, changes)
     machine = Machine(device, threads, None if weights is None else path_of(weights, "weights"))
     folder = path_of(out, "out")
-    trackers = CellTrackers(found.name, tuple(track), folder)
+    trackers = CellTrackers(found.name, tracked, folder)
     ended = execute(
         found, cells, folder, machine, cells_at_once(jobs, threads), None, partial(run_cell, trackers=trackers)
     )
     trackers.write((done.cell, done.folder) for done in ended if not done.failure)
     return Study(out)
+
+
+def _changes(scale: Any, override: Any, seeds: Any, grid: Any, only: Any) -> Changes:
+    """Returns the changes of a study that arguments of `study` make; raises `SettingsInvalid` for wrong types."""
+    from fedpeft.studies.assembly import Changes
+
+    keys = "keys of a run file to"
+    axes = {} if grid is None else mapping_of(grid, "grid", f"{keys} lists of values", is_list)
+    fields = {} if override is None else mapping_of(override, "override", f"{keys} values")
+    points = {} if only is None else mapping_of(only, "only", "axes to lists of their points", is_list)
+    numbers = list_of(seeds, "seeds", int, "whole numbers")
+    return Changes(None if scale is None else text_of(scale, "scale"), _tables(fields), numbers, _axes(axes), points)
 
 
 def _tables(override: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,4 +179,4 @@ def _axes(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
     for key, values in grid.items():
         if isinstance(values, str):
             raise ConfigInvalid(f"grid: {key!r} has the text {values!r}; give a list of values")
-    return {key: axis_of(key, values) for key, values in grid.items()}
+    return {key: axis_of(key, list(values)) for key, values in grid.items()}

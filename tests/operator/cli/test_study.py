@@ -88,6 +88,13 @@ def test_data_on_the_hub_are_trained_and_scored_on_by_their_name(tmp_path, capfd
     assert re.search(r"^method=head, seed=7: accuracy \d+\.\d %", err, re.M)
 
 
+@pytest.mark.parametrize("empty", ["pets=", "="])
+def test_an_empty_place_of_data_is_not_the_folder_here(tmp_path, capfd, empty):
+    code, _, err = command(capfd, "run", study_file(tmp_path), "--data", empty, "--out", tmp_path / "out")
+    assert code == 2
+    assert err.splitlines()[-1] == f"fedpeft: --data {empty} is empty: a variable that is not set, perhaps"
+
+
 def test_cells_without_classes_have_those_of_their_training_data(tmp_path, capfd):
     run = STUDY.partition("[run.model]")[2].partition("[data.pets")[0].replace("[run.", "[")
     (tmp_path / "run.toml").write_text("[model]" + run)

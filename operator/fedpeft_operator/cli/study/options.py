@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedpeft.arguments import empty
 from fedpeft.errors import SettingsInvalid
 from fedpeft_operator.cli.session import require
 from fedpeft_operator.cli.trackers import NAMES
@@ -124,6 +125,8 @@ def _places(data: Sequence[str]) -> dict[str, Path]:
     for given in data:
         name, equals, path = given.partition("=")
         name, path = (name, path) if equals else ("", name)
+        if not path:
+            raise SettingsInvalid(empty(f"--data {given}"))
         if name in places:
             raise SettingsInvalid(f"--data {given}: {places[name]} is given for this data set too; give one of them")
         places[name] = Path(path)
