@@ -128,7 +128,7 @@ def test_a_run_file_without_classes_has_those_of_the_data(here: Path) -> None:
     (here / "map.toml").write_text('dog = "cat"\nemu = "bird"\n')
     renamed = fedpeft.simulate(run, opened("test.parquet"), "renamed", evaluate="test.parquet", label_map="map.toml")
     assert has(renamed) == ["cat", "bird"]
-    with pytest.raises(DataInvalid, match=r"^data has 1 class, 'cat', and the run file names none"):
+    with pytest.raises(DataInvalid, match=r"^data has 1 class, 'cat'; a run needs at least 2"):
         fedpeft.simulate(run, Letters(["a"] * 8), "out")
     with pytest.raises(ConfigInvalid, match=r"^emoji\.toml:\d+: rounds\.count: "):
         (here / "emoji.toml").write_text(text.replace("count = 2", "count = 0"))

@@ -137,6 +137,7 @@ def test_a_run_file_is_a_study_of_one_cell(tmp_path):
         ('peft.method = "lora"', "rounds.seed = 9", "method=lora 2: rounds.seed: a study has its seeds apart"),
         ('peft.method = "lora"', "rounds = 9", "method=lora 2: rounds: should be a table"),
         ('peft.method = "lora"', 'data = ["pets"]', r"axes.method.\"lora 2\".data: is \['pets'\]; the data sets"),
+        ("[data.pets.run", '[data.pets]\ntrain = ""\n[data.pets.run', "study.toml:23: data.pets.train: is empty"),
         ("[axes.method.head]", "[axes.empty]", "study.toml:25: axes.empty: has no point"),
         ("[axes.method.head]", '[axes.method."\\u009b31m"]', r"study.toml:25: axes.method"),
     ],

@@ -105,11 +105,11 @@ def classes_of(
                 "rows out"
             )
     if not LEAST_CLASSES <= len(classes) <= MOST_CLASSES:
-        only = f", {classes[0]!r}," if len(classes) == 1 else ""
+        only = f", {classes[0]!r}" if len(classes) == 1 else ""
         needed = f"at least {LEAST_CLASSES}" if len(classes) < LEAST_CLASSES else f"at most {MOST_CLASSES:,}"
         raise DataInvalid(
-            f"{where} has {counted(len(classes), 'class', 'classes')}{only} and the run file names none; a run needs "
-            f"{needed}: give other data, or name the run's in model.classes"
+            f"{where} has {counted(len(classes), 'class', 'classes')}{only}; a run needs {needed}: give other data, or "
+            "name all classes of the run in its file's model.classes"
         )
     return classes
 

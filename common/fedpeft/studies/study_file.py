@@ -29,7 +29,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from fedpeft import text_files
 from fedpeft.config import Name
@@ -49,12 +49,22 @@ _UNSEEN = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
 Label = Annotated[str, Field(min_length=1, max_length=128, pattern=rf"^[^{_UNSEEN}=,/]+$")]
 
 
+def _not_empty(path: str) -> str:
+    """Refuses an empty path: it would be the folder of the study file."""
+    if not path:
+        raise ValueError("is empty; give a path, or hub:NAME/SPLIT")
+    return path
+
+
+Place = Annotated[str, AfterValidator(_not_empty)]
+
+
 class DataSet(Section):
     """`[data.NAME]`: a data set, and the fields of the run file that belong to it."""
 
-    train: str | None = None
+    train: Place | None = None
     """Path of its training data, beside the study file, or `hub:NAME/SPLIT`; the command line may name others."""
-    test: str | None = None
+    test: Place | None = None
     """Path of its held-out data, likewise."""
     run: dict[str, Any] = Field(default_factory=dict)
     """Fields of cells that use it, as tables of a run file."""
@@ -194,7 +204,7 @@ def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> Table:
         raise ConfigInvalid(f"{path}: base: leads back to this file")
     for each in table.get("data", {}).values():
         for split in ("train", "test"):
-            if isinstance(each, dict) and isinstance(each.get(split), str) and not is_hub(each[split]):
+            if isinstance(each, dict) and isinstance(each.get(split), str) and each[split] and not is_hub(each[split]):
                 each[split] = str(path.parent / each[split])
     base = table.pop("base", None)
     if base is None:

@@ -125,8 +125,8 @@ def test_classes_of_the_data_that_no_run_can_have_are_faults_of_the_data(tmp_pat
     (photos / "Kreis" / "0.png").write_bytes(png(0))
     command = [file, "--data", photos, "--out", tmp_path / "out"]
     assert refused(capfd, *command) == (
-        f"fedpeft: {photos} has 1 class, 'Kreis', and the run file names none; a run needs at least 2: give other "
-        "data, or name the run's in model.classes"
+        f"fedpeft: {photos} has 1 class, 'Kreis'; a run needs at least 2: give other data, or name all classes of "
+        "the run in its file's model.classes"
     )
     (photos / "Qua\x1b[31mdrat").mkdir()
     (photos / "Qua\x1b[31mdrat" / "1.png").write_bytes(png(1))
