@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fedpeft.errors import StateInvalid
+from fedpeft.process import durable
 from fedpeft.simulation import clients_of, local_trainer, simulate
 from fedpeft.simulation.progress_log import ProgressLog
 
@@ -76,14 +77,14 @@ def undisturbed(tmp_path_factory, folders):
     return out, report
 
 
-def stopped_after_one_round(out, chosen, evaluate=None, **options):
+def stopped_after_one_round(out, chosen, evaluate=None, run=TWO_ROUNDS, **options):
     """Leaves the folder of a simulation that was interrupted after the first of two rounds."""
 
     def stop(row):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(TWO_ROUNDS, chosen, out, evaluate, committed=stop, **options)
+        simulate(run, chosen, out, evaluate, committed=stop, **options)
 
 
 def rounds_done(out, chosen, evaluate=None, **options):
@@ -233,18 +234,59 @@ def test_progress_that_cannot_be_read_is_said_and_the_simulation_begins_anew(tmp
     assert rounds_done(tmp_path, clients(folders)) == [1, 2] and "it begins anew" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("kept", "damage"), [("adapter-0", "gone"), ("adapter-1", "changed"), ("state-1", "changed")])
+def test_a_round_counts_only_once_all_that_the_next_one_needs_is_on_the_disk(tmp_path, folders, monkeypatch):
+    synced: dict[Path, bytes] = {}
+    real, line, checked = durable.sync, ProgressLog._append, []
+
+    def sync(path):
+        real(path)
+        if path.is_file():
+            synced[path] = path.read_bytes()
+
+    def append(log, row):
+        needed = [file for file in log.folder.rglob("*") if file.is_file() and file.name != "progress.jsonl"]
+        for file in (*needed, tmp_path / "records.jsonl"):
+            assert synced.get(file) == file.read_bytes(), file
+            checked.append(file.name)
+        line(log, row)
+        assert synced[log._file] == log._file.read_bytes()
+
+    monkeypatch.setattr(durable, "sync", sync)
+    monkeypatch.setattr(ProgressLog, "_append", append)
+    simulate(config("head", **SETTINGS), clients(folders), tmp_path)
+    assert {"adapter-0", "adapter-4", "state-4"} < set(checked) and any("@residual@4" in name for name in checked)
+
+
+@pytest.mark.parametrize(
+    ("kept", "damage"),
+    [
+        ("unfinished/adapter-0", "gone"),
+        ("unfinished/adapter-1", "changed"),
+        ("unfinished/state-1", "changed"),
+        ("unfinished/memory/client-?@residual@1.safetensors", "gone"),
+        ("unfinished/memory/client-?@residual@1.safetensors", "changed"),
+        ("unfinished/memory/client-?@residual@1.safetensors", "cut"),
+        ("records.jsonl", "gone"),
+        ("records.jsonl", "cut"),
+        ("records.jsonl", "another client"),
+    ],
+)
 def test_a_damaged_file_of_the_progress_is_said_once_and_not_met_again(tmp_path, folders, kept, damage):
     def stop(row):
         raise KeyboardInterrupt
 
     aggregation = {"strategy": "fedadam"}
-    settings, done = config("head", aggregation=aggregation, rounds={"count": 2, "clients": 2, "seed": 3}), []
+    rounds, codec = {"count": 2, "clients": 2, "seed": 3}, {"up": "sparse", "density": 0.2}
+    settings, done = config("head", aggregation=aggregation, rounds=rounds, codec=codec), []
     with pytest.raises(KeyboardInterrupt):
         simulate(settings, clients(folders), tmp_path, committed=stop)
-    file = tmp_path / "unfinished" / kept
+    file = next(tmp_path.glob(kept))
     if damage == "changed":
         file.write_bytes(file.read_bytes()[:-4] + b"\1\1\1\1")
+    elif damage == "another client":
+        file.write_bytes(file.read_bytes().replace(b"client-", b"cliend-", 1))
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-4])
     else:
         file.unlink()
     with pytest.raises(StateInvalid, match="the same command begins at round 1"):

@@ -4,8 +4,8 @@
     OUT/unfinished/...              what the next round needs: see `Versions` and `ClientMemory`
 
 A line is what a round changed, so resuming is a fold over the lines, and a round costs the same however many there
-were. A round counts once its line is whole: what a killed process left of the next round is begun again, to the same
-bits. The folder is removed when the simulation ends.
+were. A line is durable, and so is all that it names before it is written. A round counts once its line is whole: what a
+killed process left of the next round is begun again, to the same bits. The folder is removed when the simulation ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from fedpeft.simulation.report import Json
 
 UNFINISHED = "unfinished"
 PROGRESS = "progress.jsonl"
-FORMAT = 2
+MEMORY = "memory"
+FORMAT = 3
 """Raised when a line, or a file beside it, means something else than before."""
 
 log = structlog.get_logger(__name__)
@@ -61,6 +62,8 @@ class ProgressLog:
     def begin(self, line: Json) -> None:
         """Writes the first line."""
         self._append({"identity": self._identity, **line})
+        durable.sync(self.folder)
+        durable.sync(self.folder.parent)
 
     def committed(self, line: Json) -> None:
         """Writes the line of a round: with it the round counts."""
@@ -72,6 +75,7 @@ class ProgressLog:
 
     def _append(self, line: Json) -> None:
         durable.append(self._file, f"{json.dumps(line)}\n".encode())
+        durable.sync(self._file)
 
 
 def _whole_lines(file: Path) -> list[Json]:

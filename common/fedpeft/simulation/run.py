@@ -37,7 +37,7 @@ from fedpeft.simulation.content import content_of_simulation
 from fedpeft.simulation.engines import Engine, engine_named
 from fedpeft.simulation.leakage import leakage
 from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
-from fedpeft.simulation.progress_log import UNFINISHED, ProgressLog
+from fedpeft.simulation.progress_log import MEMORY, UNFINISHED, ProgressLog
 from fedpeft.simulation.report import Json
 from fedpeft.simulation.simulated_run import SimulatedRun
 from fedpeft.simulation.versions import Versions
@@ -152,7 +152,7 @@ def _ready(header: RunHeader, engine: Engine, out: Path, scratch: Path) -> Simul
         (out / REPORT).unlink()
     goes_on = is_resumable(header.config)
     progress = ProgressLog(out / UNFINISHED, content_of_simulation(header, engine) if goes_on else {})
-    memory = ClientMemory(progress.folder / "memory", len(progress.rounds))
+    memory = ClientMemory(progress.folder / MEMORY, [line["memory"] for line in progress.rounds])
     versions = Versions(header, out, scratch, progress.folder)
     return SimulatedRun(header, engine, memory, versions, progress if goes_on else None)
 

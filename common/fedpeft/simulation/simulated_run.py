@@ -142,10 +142,12 @@ class SimulatedRun:
         self._version = self._versions.publish(0)
         initial = self._trainer.evaluate(self._version)
         if progress is not None:
+            self._versions.sync()
             progress.begin({"began": self._began, "initial": initial, "first": first})
         return initial, []
 
     def _resume(self, progress: ProgressLog, begun: Json) -> tuple[dict[str, float], list[Json]]:
+        self._memory.check()
         self._versions.resume([line["versions"] for line in progress.rounds], begun["first"])
         for line in progress.rounds:
             self._holds.update(
@@ -165,10 +167,13 @@ class SimulatedRun:
         if self._progress is not None:
             holds = {client: self._holds[client] for client in clients if client in self._holds}
             conducts = {client: self._conducts[client] for client in clients if client in self._conducts}
+            self._versions.sync()
+            self._memory.sync()
             self._progress.committed(
                 {
                     "row": row,
                     "versions": self._versions.progress(),
+                    "memory": self._memory.changes,
                     "holds": {client: [number, sha.hex()] for client, (number, sha) in holds.items()},
                     "conducts": {client: astuple(each) for client, each in conducts.items()},
                     "excluded": sorted(self._excluded),
@@ -176,7 +181,7 @@ class SimulatedRun:
                     "seconds": self._seconds(),
                 }
             )
-        self._memory.settle(done.number)
+        self._memory.settle()
         self._versions.settle()
 
     def _seconds(self) -> float:

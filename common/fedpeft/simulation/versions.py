@@ -16,6 +16,7 @@ from pathlib import Path
 from fedpeft.adapters import adapter_file, payload
 from fedpeft.adapters.adapter_file import Written
 from fedpeft.adapters.payload import Tensors
+from fedpeft.errors import BlobCorrupt
 from fedpeft.peft import TunedModel
 from fedpeft.privacy.events import Event
 from fedpeft.process import durable
@@ -72,6 +73,12 @@ class Versions:
             "records_bytes": self._log.stat().st_size,
         }
 
+    def sync(self) -> None:
+        """Makes the newest version, the server's state and the records durable: only then may `progress` be kept."""
+        state = [self._state(self._number)] if self._state_sha256 else []
+        for path in (self._version(self._number), *state, self._log, self._kept):
+            durable.sync(path)
+
     def settle(self) -> None:
         """Shows the newest version, which counts, and removes what the one before it needed.
 
@@ -98,10 +105,16 @@ class Versions:
         self._newest = Written(*newest["adapter"])
         self._state_sha256, self._record_sha256 = newest["state"], newest["record"]
         self._extents = {number: Extent(*each["extent"]) for number, each in enumerate(progress, 1)}
-        with self._log.open("r+b") as stream:
-            stream.truncate(newest["records_bytes"])
-        records = map(record.parse, self._log.read_text("ascii").splitlines())
-        self.ledger = [event for _, event in record.ledger(records)]
+        try:
+            with self._log.open("r+b") as stream:
+                stream.truncate(newest["records_bytes"])
+        except FileNotFoundError:
+            raise BlobCorrupt(f"there is no {self._log}") from None
+        records = self._log.read_text("ascii", "replace").splitlines()
+        record.verify_chain(records)
+        if records and record.digest(records[-1]) != self._record_sha256:
+            raise BlobCorrupt(f"{self._log} does not end with the record that was made last")
+        self.ledger = [event for _, event in record.ledger(map(record.parse, records))]
         adapter_file.check_digest(self._version(0), first["adapter"][0])
         adapter_file.check_digest(self._version(self._number), self._newest.sha256)
         if self._state_sha256:
