@@ -37,13 +37,13 @@ from fedpeft.simulation.content import content_of_simulation
 from fedpeft.simulation.engines import Engine, engine_named
 from fedpeft.simulation.leakage import leakage
 from fedpeft.simulation.local_trainer import Inputs, LocalTrainer
+from fedpeft.simulation.out_folder import REPORT, check_folder
 from fedpeft.simulation.progress_log import MEMORY, UNFINISHED, ProgressLog
 from fedpeft.simulation.report import Json
 from fedpeft.simulation.simulated_run import SimulatedRun
 from fedpeft.simulation.versions import Versions
 from fedpeft.tracking import Tracking
 
-REPORT = "report.json"
 RUN = "simulation"
 """Id of a simulated run, where none is given."""
 
@@ -94,7 +94,8 @@ def simulate(
         DataInvalid: If a client's data, or the held-out data, cannot be used.
         ModelInvalid: If the model or its weights cannot be had.
         SettingsInvalid: If there is no such device.
-        StateInvalid: If `out` cannot be written, or another simulation writes there.
+        StateInvalid: If `out` cannot be written, another simulation writes there, or something in it would be replaced
+            that is not a simulation's.
     """
     check_clients(config, clients)
     reading, settings = reading or reading_of(config), config.simulation or SimulationConfig()
@@ -124,11 +125,12 @@ def _held(out: Path) -> Iterator[Path]:
     """Holds the folder of the results; yields a scratch folder in it.
 
     Raises:
-        StateInvalid: If it cannot be written, or another simulation writes there.
+        StateInvalid: If it cannot be written, another simulation writes there, or `check_folder` refuses it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locks.results(out, "simulation"), durable.scratch(out / "simulation") as scratch:
+            check_folder(out)
             yield scratch
     except OSError as error:
         raise StateInvalid(f"cannot use {error.filename or out}: {error.strerror or error}") from None

@@ -8,6 +8,7 @@ needs (`resume`).
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
@@ -29,6 +30,8 @@ from fedpeft.simulation.distances import squared_distances
 from fedpeft.simulation.report import Json, RoundBook
 
 ADAPTER, RECORDS = "adapter.safetensors", "records.jsonl"
+KEPT = re.compile(r"(adapter|state)-\d+")
+"""Names of the files in the folder `kept`."""
 
 
 class Versions:

@@ -15,6 +15,7 @@ from fedpeft_operator.cli.epilogs import epilog
 from fedpeft_operator.cli.exit_codes import Exit
 from fedpeft_operator.cli.imports import Imports
 from fedpeft_operator.cli.overrides import Seed, Settings, override_of
+from fedpeft_operator.cli.path_checks import check_results_folder
 from fedpeft_operator.cli.session import require
 from fedpeft_operator.cli.simulation import options, start
 from fedpeft_operator.cli.simulation.outcome import say_outcome
@@ -50,6 +51,7 @@ def simulate(
 
     The adapter has the bits that a server and its agents give. Ends with 5 if a round could not get its updates.
     """
+    check_results_folder(out)
     require("train", "torch", "timm", "pyarrow")
     from fedpeft.config import faults_in
     from fedpeft.config.overrides import joined
@@ -63,6 +65,7 @@ def simulate(
     from fedpeft import simulation
     from fedpeft.tracking import tracking_to
 
+    simulation.check_folder(out)
     _set_up(threads)
     tracking = tracking_to(track, out)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
