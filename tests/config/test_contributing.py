@@ -21,6 +21,10 @@ sys.exit(pytest.main(sys.argv[1:]))
 CONFTEST = """
 import importlib
 
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 package = importlib.import_module({package!r})
 package.__path__.append({folder!r})  # as if the new file lay in the package
 """
