@@ -29,6 +29,12 @@ def given(tmp_path):
     return [study_file(tmp_path), "--data", pets(tmp_path / "pets"), "--device", "cpu", "--scale", "one"]
 
 
+def test_a_place_where_no_results_can_lie_is_refused_first(given, tmp_path, capfd):
+    (tmp_path / "taken").touch()
+    code, said, err = command(capfd, "run", *given, "--out", tmp_path / "taken" / "out")
+    assert (code, said) == (2, "") and "taken is not a folder; name another place" in err and "checking" not in err
+
+
 def test_a_study_is_planned_run_and_reported(given, tmp_path, capfd, monkeypatch):
     out = tmp_path / "out"
     code, said, err = command(capfd, "plan", *given, "--jobs", 2)

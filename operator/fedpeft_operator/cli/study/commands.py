@@ -13,6 +13,7 @@ from fedpeft.process import output
 from fedpeft_operator.cli.epilogs import epilog
 from fedpeft_operator.cli.exit_codes import Exit
 from fedpeft_operator.cli.imports import Imports
+from fedpeft_operator.cli.path_checks import check_results_folder
 from fedpeft_operator.cli.study import options
 from fedpeft_operator.cli.weights import Weights
 
@@ -56,6 +57,7 @@ def run(
 
     All cells are checked before the first one runs. Ends with 5 if a cell failed; the others have their results.
     """
+    check_results_folder(out)
     options.require_study()
     extend(imports)
     from fedpeft.studies.cell_trackers import CellTrackers
