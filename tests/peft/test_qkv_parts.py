@@ -91,7 +91,7 @@ def test_the_peft_library_loads_it_as_one_lora_of_the_whole_layer(tmp_path: Path
 
 def test_what_has_no_peft_form_is_refused(tmp_path: Path) -> None:
     for targets in (["qkv.q", "proj"], ["qkv.q", "blocks.0.attn.qkv.v"]):
-        with pytest.raises(ConfigInvalid, match="have no peft form; export the adapter as"):
+        with pytest.raises(ConfigInvalid, match="have no peft form; keep the adapter file"):
             formats.as_peft(moved("lora", targets=targets)[0], tmp_path)
 
 
