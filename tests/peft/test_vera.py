@@ -122,7 +122,8 @@ def test_a_library_that_has_no_place_for_the_matrices_is_refused(
     """As releases before 0.21, which would write matrices of their own."""
     taken = SimpleNamespace(unexpected_keys=["base_model.vera_A", "base_model.vera_B"])
     monkeypatch.setattr("peft.set_peft_model_state_dict", lambda *_: taken)
-    with pytest.raises(ConfigInvalid, match=r"has no place for base_model\.vera_A .*; install peft>=0\.21, or keep the adapter file"):
+    said = r"has no place for base_model\.vera_A .*; install peft>=0\.21, or keep the adapter file"
+    with pytest.raises(ConfigInvalid, match=said):
         formats.as_peft(moved("vera", **OPTIONS)[0], tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -264,7 +264,7 @@ def _plain(tuned: TunedModel) -> dict[str, torch.Tensor]:
 
 def _check_timm(backbone: Backbone) -> None:
     if backbone.config.task:
-        raise ConfigInvalid(f"{backbone.config.name} is no model of timm; export its adapter as safetensors")
+        raise ConfigInvalid(f"{backbone.config.name} is no model of timm; keep the adapter file (safetensors) itself")
 
 
 def _unwrapped(name: str, head: str) -> str:
