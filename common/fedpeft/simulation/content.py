@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -144,25 +143,26 @@ def path_digest(path: Path, digest: Callable[[Path], str]) -> str:
     Raises:
         DataInvalid: If it cannot be read.
     """
-    if not is_index(path):
-        indexes = sorted(filter(is_index, path.iterdir())) if path.is_dir() else []
-        sources = sorted({_source(index) for index in indexes})
-        if not sources:
-            return digest(path)
-        return _digest_of_json({"folder": digest(path), "sources": [path_digest(each, digest) for each in sources]})
-    return _digest_of_json({"rows": _index(path)["rows"], "source": path_digest(_source(path), digest)})
-
-
-def _source(index: Path) -> Path:
-    """Returns the place of the data set that an index file is of."""
-    return Path(index.parent / _index(index)["source"]).resolve()
-
-
-def _index(path: Path) -> dict[str, Any]:
+    if is_index(path):
+        rows, source = _index(path)
+        return _digest_of_json({"rows": rows, "source": path_digest(source, digest)})
     try:
-        return read_index(path)
+        indexes = [each for each in path.iterdir() if is_index(each)] if path.is_dir() else []
     except OSError as error:
         raise DataInvalid(f"cannot read {path}: {error.strerror}") from None
+    sources = sorted({source for _, source in map(_index, indexes)})
+    if not sources:
+        return digest(path)
+    return _digest_of_json({"folder": digest(path), "sources": [path_digest(each, digest) for each in sources]})
+
+
+def _index(path: Path) -> tuple[list[int], Path]:
+    """Returns the rows of an index file, and the place of the data set that they are of."""
+    try:
+        said = read_index(path)
+    except OSError as error:
+        raise DataInvalid(f"cannot read {path}: {error.strerror}") from None
+    return said["rows"], (path.parent / said["source"]).resolve()
 
 
 def _digest_of_json(value: Mapping[str, object]) -> str:

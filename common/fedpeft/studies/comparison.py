@@ -14,10 +14,9 @@ from fedpeft import text_files
 from fedpeft.errors import DataInvalid
 from fedpeft.simulation.progress_log import UNFINISHED
 from fedpeft.studies.files import REPORT, STUDY
-from fedpeft.studies.results import CellResult, StudyResult, checked_report, load_report, load_results
+from fedpeft.studies.results import COMPLETED, CellResult, StudyResult, checked_report, load_report, load_results
 
 AXIS = "run"
-COMPLETED = "completed"
 
 
 def compared(sources: Sequence[tuple[str, Mapping[str, Any] | Path]]) -> StudyResult:

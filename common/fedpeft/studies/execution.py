@@ -26,7 +26,7 @@ from fedpeft.process import durable, locks
 from fedpeft.studies.cell_process import run_cell
 from fedpeft.studies.cells import Cell, Machine, content_digest
 from fedpeft.studies.files import CELL, CELLS, FAILURE, LOG, REPORT, STUDY
-from fedpeft.studies.results import ended, load_report
+from fedpeft.studies.results import ended
 from fedpeft.studies.study_file import StudyFile
 
 _log = structlog.get_logger(__name__)
@@ -133,10 +133,11 @@ def execute(
         found: dict[str, Done] = {}
         todo: dict[str, Cell] = {}
         for key, cell in zip(keys, cells, strict=True):
-            if (folders[key] / REPORT).exists() and not _is_damaged(folders[key]):
-                found[key] = Done(cell, folders[key], ended(folders[key]), 0.0)
-            else:
+            failure = _ended_before(folders[key])
+            if failure is None:
                 todo.setdefault(key, cell)
+            else:
+                found[key] = Done(cell, folders[key], failure, 0.0)
         ordered = sorted(
             todo.items(), key=lambda each: study.seeds.index(each[1].seed)
         )  # a whole picture early, its intervals later
@@ -147,16 +148,20 @@ def execute(
     return [found[key] for key in keys]
 
 
-def _is_damaged(folder: Path) -> bool:
-    """Returns True if the report of a cell cannot be read, and removes it then: the cell is computed again."""
+def _ended_before(folder: Path) -> str | None:
+    """Returns why a cell that ended earlier has no results, empty if it has; None if it is to be computed.
+
+    A report that cannot be read is removed, for its cell is computed again.
+    """
+    if not (folder / REPORT).exists():
+        return None
     try:
-        load_report(folder)
+        return ended(folder)
     except DataInvalid as error:
         _log.warning("a report is damaged; its cell is computed again", fault=error.message)
         with durable.refusals(f"removing {folder / REPORT}"):
             (folder / REPORT).unlink()
-        return True
-    return False
+        return None
 
 
 def _executed(

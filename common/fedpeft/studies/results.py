@@ -211,6 +211,10 @@ class StudyResult:
         ]
 
 
+COMPLETED = "completed"
+"""State of a run that has all its rounds; a report without a state is of one."""
+
+
 class _Metrics(BaseModel):
     accuracy: float | None = None
     loss: float | None = None
@@ -257,7 +261,7 @@ class _Distances(BaseModel):
 class _Report(BaseModel):
     """Parts of a report that tables and figures are made of; a run of a server may lack figures of version 0."""
 
-    state: str = "completed"
+    state: str = COMPLETED
     adapter_parameters: int | None = None
     initial_metrics: _Metrics | None = None
     rounds: list[_Row]
@@ -338,7 +342,7 @@ def ended(folder: Path) -> str:
 
 
 def _paused(report: Mapping[str, Any]) -> str:
-    if report.get("state", "completed") == "completed":
+    if report.get("state", COMPLETED) == COMPLETED:
         return ""
     return f"the run is {report['state']} after round {report.get('version', 0)}: {report.get('reason', '')}"
 
