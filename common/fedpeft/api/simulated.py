@@ -297,6 +297,7 @@ class _GivenData:
         self._columns = image_column, label_column
         self._label_map = label_map
         self._open: list[Path | Data] = []
+        self._reading: Reading | None = None
 
     def classes(self, image: str | None, label: str | None) -> list[str]:
         """Returns the classes that a run on them has if it names none, see `fedpeft.config.with_classes`."""
@@ -325,8 +326,9 @@ class _GivenData:
         return clients_of(opened[0], config, reading)
 
     def _opened(self, reading: Reading) -> list[Path | Data]:
-        """Returns all of them, opened once: a data set of torch without `targets` is read for its labels."""
-        if not self._open:
+        """Returns all of them, opened once a reading: a data set of torch without `targets` is read for its labels."""
+        if self._reading != reading:
+            self._reading = reading
             self._open = [_opened(each, name, reading) for name, each in self._data.items()]
         return self._open
 
