@@ -26,7 +26,7 @@ def run_file(engine="inprocess", simulated=6, codec=None, **rounds):
         rounds=rounds,
         aggregation={"strategy": "fedbuff"},
         codec=codec or {},
-        simulation={"clients": simulated, "engine": engine, "workers": 2},
+        simulation={"clients": simulated, "engine": engine, **({"workers": 2} if engine != "inprocess" else {})},
     )
 
 

@@ -66,7 +66,8 @@ def gone(pids):
 
 
 def run_file(engine, workers=2, **sections):
-    settings = {"clients": 5, "partition": "dirichlet", "alpha": 1.0, "engine": engine, "workers": workers}
+    settings = {"clients": 5, "partition": "dirichlet", "alpha": 1.0, "engine": engine}
+    settings |= {"workers": workers} if engine != "inprocess" else {}
     rounds = {"count": 3, "clients": 3, "over_selection": 0.3, "quorum": 2, "seed": 7}
     return config(**{"rounds": rounds, "simulation": settings, **sections})
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from fedpeft.config.section import Section, registered
+from fedpeft.config.section import Section, refuse_unused, registered
 from fedpeft.config_errors import fault_at
 from fedpeft.registry import registry_of
 
@@ -66,6 +66,15 @@ class CodecConfig(Section):
         if self.error_feedback and not registry_of("fedpeft.codecs").get(self.encoding).contracts:
             text = f"must be false with {self.encoding}: its error can be larger than the update, and would add up"
             raise fault_at("error_feedback", text)
+        return self
+
+    @model_validator(mode="after")
+    def _unused(self, info: ValidationInfo) -> Self:
+        text = f'{self.up} takes none; leave it out, or give up = "sparse"'
+        if not registry_of("fedpeft.codecs").get(self.encoding).is_sparse:
+            refuse_unused(self, info, ["density"], text)
+        if self.encoding == self.up:
+            refuse_unused(self, info, ["values"], text)
         return self
 
     @property

@@ -18,6 +18,14 @@ Table = dict[str, Any]
 
 NAMED_BY = {("peft",): "method", ("aggregation",): "strategy", ("training", "algorithm"): "name"}
 """Sections whose further keys are options of what this key names."""
+OPTIONS_OF = {
+    (("simulation",), "partition"): ("alpha", "variant", "shards", "column"),
+    (("simulation",), "engine"): ("workers",),
+    (("codec",), "up"): ("density", "values"),
+    (("training",), "optimizer"): ("momentum",),
+    (("rounds",), "policy"): ("concurrency", "max_staleness"),
+}
+"""Keys whose value has options among the keys beside it, and these."""
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, ...] = ()) -> Table:
@@ -53,6 +61,10 @@ def united(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, .
 def _laid(base: Mapping[str, Any], over: Mapping[str, Any], at: tuple[str, ...], below: Callable[..., Table]) -> Table:
     """Returns `base` with the values of `over` in it, and their tables as `below` makes one of two."""
     result = copy.deepcopy(dict(base))
+    for (section, key), options in OPTIONS_OF.items():
+        if section == at and key in base and key in over and over[key] != base[key]:
+            for option in options:
+                result.pop(option, None)
     for name, value in over.items():
         there = result.get(name)
         if isinstance(value, Mapping) and (isinstance(there, Mapping) or there is None):

@@ -18,7 +18,7 @@ from fedpeft.config.overrides import merged
 from fedpeft.config.peft import PeftConfig
 from fedpeft.config.privacy import PrivacyConfig
 from fedpeft.config.rounds import RoundsConfig
-from fedpeft.config.section import Name, Section
+from fedpeft.config.section import ACCEPTED, Name, Section
 from fedpeft.config.simulation import SimulationConfig
 from fedpeft.config.training import TrainingConfig
 from fedpeft.config_errors import faults_of, in_file
@@ -43,14 +43,18 @@ class RunConfig(Section):
     simulation: SimulationConfig | None = None
 
 
-def parse_config(data: Mapping[str, Any]) -> RunConfig:
+def parse_config(data: Mapping[str, Any], *, accepted: bool = False) -> RunConfig:
     """Validates a run configuration that came from anywhere but a file.
+
+    Args:
+        data: Its tables.
+        accepted: True if it was accepted before, see `fedpeft.config.section.refuse_unused`.
 
     Raises:
         ConfigInvalid: With one field-level fault for each field that is wrong.
     """
     try:
-        return RunConfig.model_validate(data)
+        return RunConfig.model_validate(data, context=ACCEPTED if accepted else None)
     except ValidationError as error:
         faults = faults_of(error, data)
         raise ConfigInvalid("; ".join(f"{path}: {text}" for path, text in faults), faults) from None

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
-from fedpeft.config_errors import nested
+from fedpeft.config_errors import fault_at, nested
 from fedpeft.errors import FedpeftError
 from fedpeft.registry import registry_of
 
@@ -46,6 +55,32 @@ class Section(BaseModel):
     """A section: frozen, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+ACCEPTED = "accepted"
+"""Context of validation of a configuration that was accepted before, by this version or an older one."""
+
+
+def refuse_unused(section: Section, info: ValidationInfo, fields: Iterable[str], text: str) -> None:
+    """Refuses a setting that has no effect beside others: whoever gave it expects one.
+
+    The default's value passes, because a configuration that was written out whole has it; so does every value in a
+    configuration that was accepted before, because a run that is under way must stay readable.
+
+    Args:
+        section: The section, its fields validated.
+        info: Of the validation.
+        fields: Those without effect.
+        text: The fault of one that is given, and the remedy.
+
+    Raises:
+        PydanticCustomError: For the first of them that is given.
+    """
+    if info.context == ACCEPTED:
+        return
+    for field in fields:
+        if getattr(section, field) != type(section).model_fields[field].default:
+            raise fault_at(field, text)
 
 
 class OptionedSection(Section):

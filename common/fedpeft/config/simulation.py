@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
-from fedpeft.config.section import Section
-
-Scheme = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
-"""Scheme by which examples are assigned to simulated clients; see `fedpeft.data.division`."""
-_VARIANTS = {"dirichlet": ("class-first", "balanced", "client-first"), "quantity": ("dirichlet", "lognormal")}
+from fedpeft.config.section import Section, refuse_unused
+from fedpeft.config_errors import fault_at
+from fedpeft.partition_schemes import OPTIONS, Scheme, Variant, variant_fault
 
 
 class SimulationConfig(Section):
@@ -22,7 +20,7 @@ class SimulationConfig(Section):
     """Scheme of the division; with `column` given, natural."""
     alpha: Annotated[float, Field(gt=0)] = 0.1
     """Concentration for dirichlet and quantity: smaller is more skewed."""
-    variant: Literal["class-first", "balanced", "client-first", "dirichlet", "lognormal"] | None = None
+    variant: Variant | None = None
     """Variant of the scheme: class-first, balanced or client-first for dirichlet (the first if absent); dirichlet or
     lognormal sizes for quantity (likewise)."""
     shards: Annotated[int, Field(ge=1, le=1000)] = 2
@@ -50,13 +48,22 @@ class SimulationConfig(Section):
 
     @model_validator(mode="after")
     def _one_scheme(self) -> Self:
-        if self.variant is not None and self.variant not in _VARIANTS.get(self.scheme, ()):
-            known = ", ".join(_VARIANTS.get(self.scheme, ())) or "none"
-            raise ValueError(f"partition {self.scheme} has no variant {self.variant!r}; there are: {known}")
+        if fault := variant_fault(self.scheme, self.variant):
+            raise fault_at("variant", f"partition {fault}")
         if self.partition == "natural" and self.column is None:
-            raise ValueError("partition natural needs column")
+            raise fault_at("column", "partition natural needs it: the column whose values are the clients")
         if self.column is not None and "partition" in self.model_fields_set and self.partition != "natural":
-            raise ValueError(f"column {self.column!r} is for partition natural, not {self.partition}")
+            raise fault_at("column", f"is for partition natural, not {self.partition}")
+        return self
+
+    @model_validator(mode="after")
+    def _unused(self, info: ValidationInfo) -> Self:
+        taken = OPTIONS[self.scheme]
+        unused = [option for option in ("alpha", "shards") if option not in taken]
+        refuse_unused(self, info, unused, f"partition {self.scheme} takes none; leave it out")
+        if self.engine == "inprocess":
+            text = 'engine inprocess has none; leave it out, or give engine = "processes"'
+            refuse_unused(self, info, ["workers"], text)
         return self
 
     @property

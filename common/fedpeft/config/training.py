@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from fedpeft.config.section import OptionedSection, Section, check_options, known_in
+from fedpeft.config.section import OptionedSection, Section, check_options, known_in, refuse_unused
 
 DEFAULT_EPOCHS = 1
 """Passes over the local data where neither epochs nor steps is given."""
@@ -81,6 +81,12 @@ class TrainingConfig(Section):
     def _one_length(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give epochs or steps, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _unused(self, info: ValidationInfo) -> Self:
+        if self.optimizer == "adamw":
+            refuse_unused(self, info, ["momentum"], "adamw takes none; leave it out")
         return self
 
     @model_validator(mode="after")

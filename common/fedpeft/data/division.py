@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +12,7 @@ from fedpeft.data.examples import Examples
 from fedpeft.data.partitions import Indices, Partition
 from fedpeft.data.sources.interface import Source
 from fedpeft.errors import DataInvalid
-
-Scheme = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "dirichlet": get_args(partitions.Dirichlet),
-    "quantity": get_args(partitions.Quantity),
-}
-"""Variants of a scheme, the usual one first."""
+from fedpeft.partition_schemes import VARIANTS, Scheme
 
 _SUBSET = 1
 """Second word of the seed that draws the examples, so that they are not drawn like the division."""
@@ -72,13 +65,11 @@ class Division:
             case "iid":
                 return partitions.iid(len(rows), self.clients, seed)
             case "dirichlet":
-                kind = self._variant(partitions.Dirichlet)
-                return partitions.dirichlet(labels, self.clients, self.alpha, seed, kind)  # type: ignore[arg-type]
+                return partitions.dirichlet(labels, self.clients, self.alpha, seed, self._variant)  # type: ignore[arg-type]
             case "shards":
                 return partitions.shards(labels, self.clients, self.shards, seed)
             case "quantity":
-                kind = self._variant(partitions.Quantity)
-                return partitions.quantity(len(rows), self.clients, self.alpha, seed, kind)  # type: ignore[arg-type]
+                return partitions.quantity(len(rows), self.clients, self.alpha, seed, self._variant)  # type: ignore[arg-type]
             case "natural":
                 column = str(self.column)
                 if isinstance(source, Examples):
@@ -86,8 +77,9 @@ class Division:
                 values = source.column(column)
                 return partitions.natural([values[row] for row in rows], column)
 
-    def _variant(self, known: object) -> str:
-        return self.variant or str(get_args(known)[0])
+    @property
+    def _variant(self) -> str:
+        return self.variant or VARIANTS[self.scheme][0]
 
 
 def drawn_rows(rows: int, count: int, seed: int) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 from fedpeft.data.labels import nfc
 from fedpeft.data.sources.splits import splits_among
 from fedpeft.errors import DataInvalid
+from fedpeft.partition_schemes import DirichletVariant, QuantityVariant
 
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Dirichlet = Literal["class-first", "balanced", "client-first"]
-Quantity = Literal["dirichlet", "lognormal"]
 
 MAX_DRAWS = 10
 """Draws of a random partition before one whose smallest client is too small is given up; more would bend the law."""
@@ -106,7 +105,7 @@ def dirichlet(
     clients: int,
     alpha: float,
     seed: int,
-    variant: Dirichlet = "class-first",
+    variant: DirichletVariant = "class-first",
     min_rows: int = 1,
 ) -> Partition:
     """Skews labels by Dirichlet draws.
@@ -136,7 +135,7 @@ def dirichlet(
 
 
 def quantity(
-    rows: int, clients: int, alpha: float, seed: int, variant: Quantity = "dirichlet", min_rows: int = 1
+    rows: int, clients: int, alpha: float, seed: int, variant: QuantityVariant = "dirichlet", min_rows: int = 1
 ) -> Partition:
     """Skews sizes and leaves labels alone.
 

@@ -57,7 +57,7 @@ def config_from_proto(message: run_pb2.RunConfig) -> RunConfig:
         data["training"] = training_data(message.training)
     if "seed" in data.get("rounds", {}):
         data["rounds"]["seed"] = int(data["rounds"]["seed"])  # JSON writes whole numbers of 64 bits as text
-    return parse_config(data)
+    return parse_config(data, accepted=True)
 
 
 def _unknown_fields(message: Message, place: str = "") -> Iterator[tuple[str, int]]:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from fedpeft.adapters.payload import Manifest
 from fedpeft.adapters.spec import AdapterSpec
 from fedpeft.config import RunConfig
+from fedpeft.config.section import ACCEPTED
 from fedpeft.privacy.events import Event
 from fedpeft.rpc import wire
 from fedpeft.v1 import tensor_pb2
@@ -30,7 +31,7 @@ def dump_config(config: RunConfig) -> str:
 @lru_cache(maxsize=64)
 def load_config(stored: str) -> RunConfig:
     """Returns the configuration of a stored JSON text."""
-    return RunConfig.model_validate_json(stored)
+    return RunConfig.model_validate_json(stored, context=ACCEPTED)
 
 
 def dump_spec(spec: AdapterSpec) -> bytes:

@@ -196,7 +196,8 @@ def workers_of(pid):
 @pytest.mark.parametrize("engine", ["inprocess", "processes"])
 def test_a_second_one_in_the_folder_is_refused_and_ctrl_c_says_what_is_left(tmp_path, capfd, engine):
     whole = write(tmp_path / "whole.parquet", table(30))
-    run_file = RUN_FILE.replace("count = 2", "count = 100_000") + f'engine = "{engine}"\nworkers = 2\n'
+    workers = "" if engine == "inprocess" else "workers = 2\n"
+    run_file = RUN_FILE.replace("count = 2", "count = 100_000") + f'engine = "{engine}"\n{workers}'
     (tmp_path / "run.toml").write_text(run_file)
     asked = ("simulate", str(tmp_path / "run.toml"), "--data", str(whole), "--out", str(tmp_path / "out"))
     begin = "from fedpeft_operator.app import main; main()"  # not by -m: its workers may be forks, it is none

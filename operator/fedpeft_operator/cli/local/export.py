@@ -111,7 +111,7 @@ def _read(adapter: Path) -> tuple[AdapterInfo, RunConfig]:
     with open_adapter(adapter) as file:
         info = file.info
     try:
-        config = parse_config(json.loads(info.extra["config"]))
+        config = parse_config(json.loads(info.extra["config"]), accepted=True)
     except (KeyError, ValueError, ConfigInvalid) as error:
         fault = error.message if isinstance(error, ConfigInvalid) else "it is missing or damaged"
         raise ModelInvalid(f"{adapter} does not hold the run file of its run: {fault}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ import typer
 from fedpeft.api import views
 from fedpeft.errors import SettingsInvalid
 from fedpeft.formatting import counted
+from fedpeft.partition_schemes import OPTIONS, Scheme, Variant, variant_fault
 from fedpeft.process import output
 from fedpeft_operator.cli.columns import ImageColumn, LabelColumn
 from fedpeft_operator.cli.epilogs import epilog
@@ -23,32 +23,6 @@ EPILOG = epilog(
     "fedpeft partition train.parquet --partition dirichlet --clients 10 --alpha 0.5 --out sites",
     "fedpeft partition train.parquet --column vendor --out sites",
 )
-
-
-class Scheme(StrEnum):
-    """Scheme by which rows are assigned to clients."""
-
-    IID = "iid"
-    DIRICHLET = "dirichlet"
-    SHARDS = "shards"
-    QUANTITY = "quantity"
-    NATURAL = "natural"
-
-
-class Variant(StrEnum):
-    """Variant of a scheme."""
-
-    CLASS_FIRST = "class-first"
-    BALANCED = "balanced"
-    CLIENT_FIRST = "client-first"
-    DIRICHLET = "dirichlet"
-    LOGNORMAL = "lognormal"
-
-
-VARIANTS = {
-    Scheme.DIRICHLET: (Variant.CLASS_FIRST, Variant.BALANCED, Variant.CLIENT_FIRST),
-    Scheme.QUANTITY: (Variant.DIRICHLET, Variant.LOGNORMAL),
-}
 
 
 Source = Annotated[
@@ -112,7 +86,7 @@ def partition(
     as_json: AsJson = False,
 ) -> None:
     """Divide a data set among clients."""
-    scheme = given or (Scheme.IID if column is None else Scheme.NATURAL)
+    scheme: Scheme = given or ("iid" if column is None else "natural")
     _check(scheme, clients, alpha, column, shards, variant)
     require("train", "pyarrow")
     from fedpeft.data.division import Division
@@ -123,7 +97,7 @@ def partition(
 
     source = local_path(source)
     whole = open_source(source, image_column, label_column)
-    rule = Division(scheme.value, clients or 1, alpha or 0.0, variant and variant.value, shards or 2, column, examples)
+    rule = Division(scheme, clients or 1, alpha or 0.0, variant, shards or 2, column, examples)
     split = rule.of(whole, seed)
     record = write_parts(source, split, out, index=index, image=image_column, label=label_column, source=whole)
     if as_json:
@@ -142,20 +116,15 @@ def _check(
     variant: Variant | None,
 ) -> None:
     """Finds a flag that is missing for the scheme, or that it would ignore."""
-    wants = {
-        "--clients": (clients, scheme is not Scheme.NATURAL),
-        "--alpha": (alpha, scheme in (Scheme.DIRICHLET, Scheme.QUANTITY)),
-        "--column": (column, scheme is Scheme.NATURAL),
-        "--shards": (shards, scheme is Scheme.SHARDS),
-    }
-    for flag, (value, wanted) in wants.items():
-        if wanted and value is None:
-            raise SettingsInvalid(f"--partition {scheme} needs {flag}")
-        if value is not None and not wanted:
-            raise SettingsInvalid(f"--partition {scheme} takes no {flag}; leave it out")
-    if variant is not None and variant not in VARIANTS.get(scheme, ()):
-        known = ", ".join(VARIANTS.get(scheme, ())) or "none"
-        raise SettingsInvalid(f"--partition {scheme} has no --variant {variant}; there are: {known}")
+    takes = OPTIONS[scheme] if scheme == "natural" else ("clients", *OPTIONS[scheme])
+    given = {"clients": clients, "alpha": alpha, "column": column, "shards": shards}
+    for option, value in given.items():
+        if option in takes and value is None:
+            raise SettingsInvalid(f"--partition {scheme} needs --{option}")
+        if option not in takes and value is not None:
+            raise SettingsInvalid(f"--partition {scheme} takes no --{option}; leave it out")
+    if fault := variant_fault(scheme, variant):
+        raise SettingsInvalid(f"--partition {fault}")
 
 
 def _lines(record: views.Json, out: Path) -> list[str]:
