@@ -103,6 +103,17 @@ def test_folders_of_another_task_are_refused_likewise(tmp_path):
         clients_of(tmp_path, text)
 
 
+def test_folders_of_another_task_are_clients_until_the_run_says_how_one_data_set_is_divided(tmp_path):
+    for name in ("north", "south"):
+        (tmp_path / name).mkdir()
+    model = {"name": "text:tiny", "classes": ["cat", "dog"]}
+    for simulation in (None, {"engine": "processes"}, {"held_out": 3}):
+        found, divided = clients_of(tmp_path, config(model=model, simulation=simulation))
+        assert (set(found), divided) == ({"north", "south"}, None)
+    assert not config(simulation={"engine": "processes", "workers": 2}).simulation.divides
+    assert config(simulation={"clients": 8}).simulation.divides
+
+
 def test_data_of_another_task_than_the_run_s_are_refused(tmp_path):
     with pytest.raises(DataInvalid, match=r"is data for task text; the run's model is vit_tiny_patch16_224"):
         clients_of(Path(f"text:{tmp_path}"), config(model={"name": "vit_tiny_patch16_224", "classes": ["a", "b"]}))

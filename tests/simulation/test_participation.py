@@ -1,12 +1,17 @@
 """Simulated clients that fail, are late, are refused or set aside, as on a server."""
 
+import json
+
 import numpy as np
+import pytest
 
 from fedpeft.api import views
+from fedpeft.errors import TrainingFailed
 from fedpeft.rounds import conduct, state_machine
 from fedpeft.rounds.commit import RoundEmptied
 from fedpeft.simulation import simulate
 from fedpeft.simulation.versions import Versions
+from fedpeft.tracking import Tracking
 from fedpeft.training import local_round
 from fedpeft.v1 import run_pb2
 
@@ -25,6 +30,36 @@ def test_a_client_that_trains_in_vain_is_replaced(tmp_path, folders, monkeypatch
     assert given_up["reason"].startswith("TRAINING_FAILED: the loss is nan")
     assert (given_up["examples"], given_up["weight"], given_up["payload_bytes_up"]) == (0, 0.0, 0)
     assert given_up["payload_bytes_down"] > 0
+
+
+def test_what_a_client_got_before_it_gave_its_ticket_back_counts_when_it_is_given_it_again(
+    tmp_path, folders, monkeypatch
+):
+    names, failed = clients(folders), []
+    real = local_round.LoadedRun.train
+
+    def train(self, job, *arguments, **options):
+        if job.client == "client-1" and not failed:
+            failed.append(job)
+            raise TrainingFailed("the device was away")
+        return real(self, job, *arguments, **options)
+
+    monkeypatch.setattr(local_round.LoadedRun, "train", train)
+    (row,) = simulate(config(rounds={"count": 1, "clients": 4, "quorum": 4}), names, tmp_path)["rounds"]
+    assert (len(row["clients"]), row["extensions"]) == (4, 1)
+    (sent,) = {ticket["payload_bytes_down"] for ticket in row["tickets"]}
+    assert sent > 0
+    assert row["payload_bytes_down"] == 4 * sent
+
+
+def test_a_report_is_there_before_its_trackers_are_waited_for(tmp_path, folders):
+    class Interrupted(Tracking):
+        def end(self, state):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config(rounds={"count": 1, "clients": 4}), clients(folders), tmp_path, tracking=Interrupted())
+    assert json.loads((tmp_path / "report.json").read_text())["state"] == "completed"
 
 
 def test_a_quorum_is_enough_and_less_pauses_the_run(tmp_path, folders, monkeypatch):

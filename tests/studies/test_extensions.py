@@ -15,11 +15,13 @@ from fedpeft.codecs import codecs
 from fedpeft.errors import ConfigInvalid
 from fedpeft.peft.method import methods
 from fedpeft.studies.cells import Machine, cells_of
+from fedpeft.studies.execution import execute
 from fedpeft.studies.study_file import load_study
 
 from ..conftest import preloaded_environment
 from .study_texts import STUDY, pets, study_file
 
+MACHINE = Machine(device="cpu", threads=1)
 FAULTS = Path(__file__).parents[2] / "experiments" / "faults"
 OWN = """
 from fedpeft.peft.bias import Bias
@@ -75,6 +77,15 @@ def test_a_module_that_cannot_be_imported_is_refused_with_its_own_words(tmp_path
             extensions.extend([module])
         assert words in refused.value.message
         assert extensions.extensions() == [], "it is not left for other processes"
+
+
+def test_a_later_study_of_a_program_hands_its_own_modules_to_its_cells(tmp_path):
+    study, places = load_study(study_file(tmp_path)), {"pets": pets(tmp_path / "pets")}
+    plain = cells_of(study, places)[:1]
+    assert [done.failure for done in execute(study, plain, tmp_path / "out", MACHINE, 1)] == [""]
+    extensions.extend([str(own_part(tmp_path))])
+    own = cells_of(study, places, override={"peft": {"method": "own_bias"}})[:1]
+    assert [done.failure for done in execute(study, own, tmp_path / "out", MACHINE, 1)] == [""]
 
 
 BROKEN = (

@@ -2,11 +2,13 @@
 
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import structlog
 
 from fedpeft.tracking import Tracker, Tracking, tracking
+from fedpeft.tracking.figures import tracked_run
 
 from .test_trackers import REPORT, row
 
@@ -16,7 +18,8 @@ class Sink(Tracker):
 
     module = extra = "sink"
 
-    def __init__(self, faults=0):
+    def __init__(self, faults=0, target=""):
+        super().__init__(target, Path())
         self.faults, self.got, self.ended, self.known = faults, [], [], set()
 
     def begin(self, run):
@@ -111,6 +114,25 @@ def test_a_tracker_that_does_not_answer_delays_the_end_by_a_bound(monkeypatch):
         assert followed.missed == {"sink": 2} and followed.silent == {"sink"}
     finally:
         answered.set()
+
+
+def test_of_two_trackers_of_one_kind_each_has_what_it_missed_and_no_password_is_shown(monkeypatch):
+    silent, sink, answered = Sink(target="http://me:secret@one:5000"), Sink(target="two"), threading.Event()
+    monkeypatch.setattr(silent, "begin", lambda run: answered.wait() and set())
+    try:
+        with Tracking([silent, sink], end_s=0.05) as followed:
+            followed.begin({**REPORT, "initial_metrics": {}})
+            followed.round(row(1))
+            followed.end("completed")
+        assert followed.missed == {"sink=http://one:5000": 1}
+        assert [number for number, *_ in sink.got] == [1]
+    finally:
+        answered.set()
+
+
+def test_the_label_of_a_run_of_many_axes_is_a_name_for_a_file():
+    run = tracked_run({**REPORT, "name": "näme=" * 90, "run": "0123456789abcdef"}, simulated=False)
+    assert run.label.endswith("me_-0123456789abcdef") and len(run.label.encode()) <= 200
 
 
 def test_a_tracker_that_hangs_in_its_last_call_does_not_have_everything(monkeypatch):

@@ -10,6 +10,9 @@ from fedpeft.config.section import Section, refuse_unused
 from fedpeft.config_errors import fault_at
 from fedpeft.partition_schemes import OPTIONS, Scheme, Variant, variant_fault
 
+DIVISION = frozenset({"clients", "partition", "alpha", "variant", "shards", "column", "examples"})
+"""Fields of `[simulation]` that divide the data, and say nothing of the clients' work on it."""
+
 
 class SimulationConfig(Section):
     """`[simulation]`: ignored by a daemon."""
@@ -65,6 +68,11 @@ class SimulationConfig(Section):
             text = 'engine inprocess has none; leave it out, or give engine = "processes"'
             refuse_unused(self, info, ["workers"], text)
         return self
+
+    @property
+    def divides(self) -> bool:
+        """True if some field says how one data set is divided."""
+        return not DIVISION.isdisjoint(self.model_fields_set)
 
     @property
     def scheme(self) -> Scheme:

@@ -64,8 +64,8 @@ def clients_of(
     Args:
         data: A folder of clients as `fedpeft partition` writes it: each is a client by its name. Anything else that
             `open_source` takes is one data set, which `[simulation]` divides. For another task (`TASK:PATH`,
-            or just the path) each folder in it is a client, or with `[simulation]` all of it is one data set. What
-            is open already is one data set too.
+            or just the path) each folder in it is a client, or all of it is one data set where `[simulation]` says how
+            one is divided. What is open already is one data set too.
         config: The run file.
         reading: Settings of reading images; as in `[simulation]` if absent.
 
@@ -132,7 +132,7 @@ def _clients_there(path: Path, config: RunConfig) -> dict[str, Path]:
 
 def _folders(path: Path, config: RunConfig) -> dict[str, Path]:
     """Returns the clients of another task than images: the folders in `path`, unless `[simulation]` divides it."""
-    if config.simulation is not None or not path.is_dir():
+    if (config.simulation is not None and config.simulation.divides) or not path.is_dir():
         return {}
     found = {sub.name: sub for sub in subfolders(path)}
     if not (path / RECORD).exists():

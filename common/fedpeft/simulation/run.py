@@ -24,7 +24,7 @@ import structlog
 from fedpeft import ids
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.data.reading import Reading
-from fedpeft.errors import ConfigInvalid, DataInvalid, StateInvalid
+from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.privacy.accounting import calibrated
 from fedpeft.process import durable, locks
 from fedpeft.rounds.combinations import check_combination, check_population
@@ -92,6 +92,7 @@ def simulate(
         ConfigInvalid: If a round wants more clients than there are, there is no such engine, an option of the PEFT
             method is wrong, or the strategy cannot fold its tensors.
         DataInvalid: If a client's data, or the held-out data, cannot be used.
+        DiskFull: If there is no room in `out`; the same simulation goes on where it was.
         ModelInvalid: If the model or its weights cannot be had.
         SettingsInvalid: If there is no such device.
         StateInvalid: If `out` cannot be written, another simulation writes there, or something in it would be replaced
@@ -107,11 +108,11 @@ def simulate(
         header = _header(run, trainer, settings)
         with kind(trainer, settings.workers) as engine:
             report = _ready(header, engine, out, scratch).run(resumed, committed, worked, tracked)
-        tracked.end(report["state"])
         report["partition"] = None if partition is None else dict(partition)
         report["overlap"] = None if shared is None else shared.as_dict()
         durable.write_text(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        tracked.end(report["state"])  # last: it may wait, and whoever interrupts that has the results
     return report
 
 
@@ -125,15 +126,14 @@ def _held(out: Path) -> Iterator[Path]:
     """Holds the folder of the results; yields a scratch folder in it.
 
     Raises:
+        DiskFull: If there is no room.
         StateInvalid: If it cannot be written, another simulation writes there, or `check_folder` refuses it.
     """
-    try:
+    with durable.refusals(f"writing {out}"):
         out.mkdir(parents=True, exist_ok=True)
         with locks.results(out, "simulation"), durable.scratch(out / "simulation") as scratch:
             check_folder(out)
             yield scratch
-    except OSError as error:
-        raise StateInvalid(f"cannot use {error.filename or out}: {error.strerror or error}") from None
 
 
 def _header(run: str, trainer: LocalTrainer, settings: SimulationConfig) -> RunHeader:

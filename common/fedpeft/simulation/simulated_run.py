@@ -302,7 +302,8 @@ class SimulatedRun:
         manifest, number = self._version.manifest, book.round.base_version
         have, sha256 = self._holds.get(client, (None, b""))
         needed = payload.missing(manifest, self._header.spec, number, have)
-        book.down[client] = 0 if sha256 == manifest.sha256 else sum(manifest.entries[i].length for i in needed)
+        sent = 0 if sha256 == manifest.sha256 else sum(manifest.entries[i].length for i in needed)
+        book.down[client] = book.down.get(client, 0) + sent  # again after it gave a ticket back
         self._holds[client] = number, manifest.sha256
 
     def _say_worked(self, current: Round) -> None:

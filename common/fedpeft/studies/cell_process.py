@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -21,6 +21,13 @@ from fedpeft.studies.files import FAILURE, LOG
 
 if TYPE_CHECKING:
     from fedpeft.studies.cell_trackers import CellTrackers
+
+
+def in_environment(environment: Mapping[str, str], work: Callable[..., None], *arguments: object) -> None:
+    """Does the work of a cell with the environment of the study's process."""
+    os.environ.clear()
+    os.environ.update(environment)
+    work(*arguments)
 
 
 def run_cell(
@@ -70,8 +77,9 @@ def _end_with_parent() -> None:
 def _simulate(cell: Cell, machine: Machine, folder: Path, events: Connection, trackers: CellTrackers | None) -> None:
     import torch
 
-    from fedpeft import simulation
+    from fedpeft import extensions, simulation
 
+    extensions.load()  # the registries were filled before this study's modules were known
     torch.set_num_threads(machine.threads)
     clients, partition = simulation.clients_of(cell.train, cell.config)
     with nullcontext() if trackers is None else trackers.of(cell, folder) as tracking:

@@ -17,7 +17,10 @@ from fedpeft.process import durable
 from fedpeft.studies.cells import Cell
 from fedpeft.studies.files import TRACKED
 from fedpeft.studies.results import load_report
-from fedpeft.tracking import Tracking, tracker_named, trackers, tracking_to
+from fedpeft.tracking import Tracking, tracker_named, tracking_to
+
+CELL_END_S = 5.0
+"""Longest wait for trackers at the end of a cell: what they miss is written when all cells have ended."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,20 @@ class CellTrackers:
             tracker_named(name, self.folder)
 
     @contextmanager
-    def of(self, cell: Cell, folder: Path, without: Container[str] = ()) -> Iterator[Tracking]:
+    def of(
+        self, cell: Cell, folder: Path, without: Container[str] = (), end_s: float | None = CELL_END_S
+    ) -> Iterator[Tracking]:
         """Yields the tracking of a cell; its folder keeps which trackers have all that the block gave them.
 
         Args:
             cell: The cell.
             folder: Of its results; its name is the run's id.
             without: Trackers that are not asked, as `Tracking` calls them.
+            end_s: Longest wait at its end, as of `Tracking`.
         """
-        names = [name for name in self.names if _kind_of(name) not in without]
-        with tracking_to(names, self.folder, name=f"{self.study}: {cell.label}", run=folder.name) as tracking:
+        names = [name for name in self.names if self._text_of(name) not in without]
+        label = f"{self.study}: {cell.label}"
+        with tracking_to(names, self.folder, name=label, run=folder.name, end_s=end_s) as tracking:
             yield tracking
         if len(names) == len(self.names) > 0 and not tracking.missed:
             known = _known(folder)
@@ -79,9 +86,9 @@ class CellTrackers:
             report = load_report(folder)
             for tracker in silent:
                 missed[tracker] += len(report["rounds"]) + bool(report["initial_metrics"])
-            if silent == {_kind_of(name) for name in self.names}:
+            if silent == set(map(self._text_of, self.names)):
                 continue
-            with self.of(cell, folder, silent) as tracking:
+            with self.of(cell, folder, silent, None) as tracking:
                 tracking.begin(report)
                 for row in report["rounds"]:
                     tracking.round(row)
@@ -90,10 +97,9 @@ class CellTrackers:
             silent |= tracking.silent
         return dict(missed)
 
-
-def _kind_of(name: str) -> str:
-    """Returns what `Tracking` calls the tracker that `NAME` or `NAME=TARGET` asks for."""
-    return trackers.get(name.partition("=")[0]).extra
+    def _text_of(self, name: str) -> str:
+        """Returns what `Tracking` calls the tracker that `NAME` or `NAME=TARGET` asks for."""
+        return tracker_named(name, self.folder).text
 
 
 def _known(folder: Path) -> list[str]:

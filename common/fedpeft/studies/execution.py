@@ -23,7 +23,7 @@ import structlog
 import fedpeft
 from fedpeft.errors import DataInvalid
 from fedpeft.process import durable, locks
-from fedpeft.studies.cell_process import run_cell
+from fedpeft.studies.cell_process import in_environment, run_cell
 from fedpeft.studies.cells import Cell, Machine, content_digest
 from fedpeft.studies.files import CELL, CELLS, FAILURE, LOG, REPORT, STUDY
 from fedpeft.studies.results import ended
@@ -221,7 +221,15 @@ def start(cell: Cell, machine: Machine, folder: Path, work: CellWork) -> tuple[F
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedpeft.studies.cell_process", "fedpeft.simulation"])
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(cell, machine, folder, theirs), daemon=False)
+    arguments = (
+        dict(os.environ),
+        work,
+        cell,
+        machine,
+        folder,
+        theirs,
+    )  # the fork server has the first study's environment
+    process = context.Process(target=in_environment, args=arguments, daemon=False)
     process.start()
     theirs.close()
     return process, ours

@@ -25,6 +25,10 @@ SUMS = (
 """Keys of a round that are figures; those that are None are left out."""
 
 
+LONGEST_LABEL = 200
+"""Bytes of a run's label: file systems take names of 255, and trackers add an ending."""
+
+
 @dataclass(frozen=True)
 class TrackedRun:
     """A run as trackers know it.
@@ -45,8 +49,12 @@ class TrackedRun:
 
     @property
     def label(self) -> str:
-        """Name and id, of letters, digits, dots, hyphens and underscores: a name for people, a folder's too."""
-        return re.sub(r"[^\w.-]+", "_", f"{self.name}-{self.id}")
+        """Name and id, of letters, digits, dots, hyphens and underscores: a name for people, a folder's too.
+
+        Of a long one the end, which has the id; what a file system takes is counted in bytes.
+        """
+        whole = re.sub(r"[^\w.-]+", "_", f"{self.name}-{self.id}")
+        return whole.encode()[-LONGEST_LABEL:].decode(errors="ignore")
 
 
 def tracked_run(report: Json, *, simulated: bool) -> TrackedRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,12 @@ class Tracker(ABC):
     def __init__(self, target: str, folder: Path) -> None:
         self.target = target
         self.folder = folder
+
+    @property
+    def text(self) -> str:
+        """The tracker as people name it, with its target but no password of it."""
+        target = re.sub(r"//[^/@]*@", "//", self.target)
+        return f"{self.extra}={target}" if target else self.extra
 
     def key(self, name: str) -> str:
         """Returns the name of a figure in this sink."""

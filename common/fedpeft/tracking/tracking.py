@@ -36,11 +36,15 @@ class Tracking:
         trackers: Those; may be none.
         name: Name of the run in them; that of the report if empty.
         run: Its id in them, which no other run has; that of the report if empty.
+        end_s: Longest wait of `end`; `END_S` if absent.
     """
 
-    def __init__(self, trackers: Iterable[Tracker] = (), *, name: str = "", run: str = "") -> None:
+    def __init__(
+        self, trackers: Iterable[Tracker] = (), *, name: str = "", run: str = "", end_s: float | None = None
+    ) -> None:
         self._sinks = [_Sink(each) for each in trackers]
         self._name, self._run = name, run
+        self._end_s = END_S if end_s is None else end_s
         self._is_open = True
 
     def begin(self, report: Json, *, simulated: bool = False) -> None:
@@ -66,12 +70,12 @@ class Tracking:
         self._put(row["version"], figures_of(row), row["committed_at"])
 
     def end(self, state: str) -> None:
-        """Takes the end of the run, and waits until all is written, for `END_S` at most."""
+        """Takes the end of the run, and waits until all is written, for `end_s` at most."""
         if self._is_open:
             self._is_open = False
             for sink in self._sinks:
                 sink.end(state)
-            deadline = time.monotonic() + END_S
+            deadline = time.monotonic() + self._end_s
             for sink in self._sinks:
                 sink.join(deadline)
 
@@ -98,27 +102,29 @@ class Tracking:
         self.end("failed" if isinstance(error, Exception) else "interrupted")
 
 
-def tracking_to(names: Iterable[str], folder: Path, *, name: str = "", run: str = "") -> Tracking:
+def tracking_to(
+    names: Iterable[str], folder: Path, *, name: str = "", run: str = "", end_s: float | None = None
+) -> Tracking:
     """Returns the tracking by trackers as `--track` names them; see `Tracking`.
 
     Raises:
         ConfigInvalid: If there is no such tracker.
         LocalError: If its library is not installed.
     """
-    return Tracking([tracker_named(each, folder) for each in names], name=name, run=run)
+    return Tracking([tracker_named(each, folder) for each in names], name=name, run=run, end_s=end_s)
 
 
 class _Sink:
     """A tracker in a thread of its own. What it did not take is offered again with the next round, and at the end.
 
     Attributes:
-        name: Of the tracker.
+        name: The tracker, as people name it.
         owed: Figures by round that are not written: also those that wait while the tracker is in a call.
         is_silent: True once `join` gave up waiting.
     """
 
     def __init__(self, tracker: Tracker) -> None:
-        self.name = type(tracker).extra
+        self.name = tracker.text
         self.owed: dict[int, Figures] = {}
         self.is_silent = False
         self._lock = threading.Lock()  # of `owed`, which both threads change

@@ -109,6 +109,8 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 def require(extra: str, *modules: str) -> None:
     """Checks that an optional part of the installation is there, without loading it.
 
+    Its log lines go to standard error: standard output carries results.
+
     Raises:
         LocalError: With the command that installs it.
     """
@@ -117,3 +119,6 @@ def require(extra: str, *modules: str) -> None:
             raise LocalError(
                 f'this command needs {module}, which is not installed; install it with: pip install "fedpeft[{extra}]"'
             )
+    from fedpeft.process import logs  # what is checked here takes longer to load
+
+    logs.to_standard_error()

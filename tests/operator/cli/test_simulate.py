@@ -102,6 +102,27 @@ def refused(capfd, *arguments):
     return capfd.readouterr().err.splitlines()[-1]
 
 
+def test_modules_that_are_named_are_imported_first(tmp_path, capfd):
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    command = [tmp_path / "run.toml", "--data", tmp_path / "none", "--out", tmp_path / "out"]
+    said = refused(capfd, *command, "--import", "no_such_module")
+    assert said == "fedpeft: --import no_such_module: ModuleNotFoundError: No module named 'no_such_module'"
+
+
+def test_what_is_noticed_in_the_data_does_not_stand_before_the_report(tmp_path, capfd):
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label / "more").mkdir(parents=True)
+        for k in range(6):
+            (tmp_path / "photos" / label / "more" / f"{k}.png").write_bytes(png(k))
+    arguments = ["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--device", "cpu", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", str(without_classes(tmp_path)), *arguments])
+    said = capfd.readouterr()
+    assert ended.value.code == 0
+    assert json.loads(said.out)["state"] == "completed"
+    assert "hold folders" in said.err
+
+
 @pytest.mark.parametrize(("number", "kind"), [(-1, pa.int64()), (255, pa.uint8())])
 def test_rows_whose_number_has_no_name_are_no_class_of_the_data(tmp_path, capfd, number, kind):
     labels = pa.array([number if k in (4, 9) else k % 3 for k in range(30)], kind)

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from fedpeft.api import views
+from fedpeft.extensions import extend
 from fedpeft.process import output
 from fedpeft_operator.cli.columns import ImageColumn, LabelColumn, MaxImagePixels
 from fedpeft_operator.cli.epilogs import epilog
@@ -53,6 +54,7 @@ def simulate(
     """
     check_results_folder(out)
     require("train", "torch", "timm", "pyarrow")
+    extend(imports)
     from fedpeft.config import faults_in
     from fedpeft.config.overrides import joined
 
@@ -116,11 +118,8 @@ def _end(report: views.Json, out: Path, *, as_json: bool) -> None:
 
 
 def _set_up(threads: int | None) -> None:
-    """Sets what holds for the whole process: where logs go, and how many threads torch has."""
+    """Sets how many threads torch has."""
     import torch
 
-    from fedpeft.process import logs
-
-    logs.to_standard_error()
     if threads is not None:
         torch.set_num_threads(threads)

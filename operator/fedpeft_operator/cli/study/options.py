@@ -62,11 +62,8 @@ Track = Annotated[
 
 
 def require_study() -> None:
-    """Checks that what a study needs is installed, and keeps its log lines off standard output."""
+    """Checks that what a study needs is installed."""
     require("study", "torch", "timm", "pyarrow", "matplotlib", "jinja2", "scipy")
-    from fedpeft.process import logs
-
-    logs.to_standard_error()
 
 
 def cells_for(
