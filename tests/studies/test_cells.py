@@ -111,6 +111,23 @@ def test_an_axis_of_options_crosses_one_of_the_names_that_they_are_of(tmp_path, 
     assert made == {("lora", 4), ("lora", 16), ("dora", 4), ("dora", 16)}
 
 
+def test_a_name_that_is_set_goes_with_options_of_an_axis(tmp_path):
+    study = load_study(study_file(tmp_path))
+    study = study.model_copy(update={"axes": {"peft.rank": axis_of("peft.rank", [4, 8])}})
+    found = cells_of(study, {"pets": pets(tmp_path / "pets")}, override={"peft": {"method": "lora"}})
+    assert {(cell.config.peft.method, cell.config.peft.options["rank"]) for cell in found} == {("lora", 4), ("lora", 8)}
+
+
+def test_points_that_come_out_equal_are_refused(tmp_path):
+    fault = "^method=head, seed=0 and method=lora 2, seed=0 are the same run on the same data: what is set for all"
+    with pytest.raises(ConfigInvalid, match=fault):
+        cells(tmp_path, override={"peft": {"method": "bias"}})
+    with pytest.raises(ConfigInvalid, match=r"^method=head, seed=0 and method=other, seed=0 are .*: give one of them$"):
+        cells(tmp_path, STUDY + "[axes.method.other]\n")
+    only = cells(tmp_path, override={"peft": {"method": "bias"}}, only={"method": ["head"]})
+    assert [cell.config.peft.method for cell in only] == ["bias", "bias"]
+
+
 def test_a_run_file_is_a_study_of_one_cell(tmp_path):
     run = '[model]\nname = "vit_tiny_patch16_224"\nclasses = ["cat", "dog", "emu"]\n[peft]\nmethod = "head"\n'
     found = cells_of(load_study(study_file(tmp_path, run)), {"data": pets(tmp_path / "pets")})
@@ -172,6 +189,25 @@ def test_missing_data_is_named_with_the_flag_that_would_name_it(tmp_path):
         cells_of(study, {"pets": tmp_path / "absent"})
     with pytest.raises(ConfigInvalid, match="there is no data set 'cats'; those of this study: pets"):
         cells_of(study, {"cats": tmp_path})
+
+
+def test_data_given_without_a_held_out_part_keep_that_of_the_file(tmp_path):
+    held_out = '[data.pets]\ntest = "pets/test.parquet"\n[data.pets.run.model]'
+    study = load_study(study_file(tmp_path, STUDY.replace("[data.pets.run.model]", held_out)))
+    folder, train = pets(tmp_path / "pets"), tmp_path / "train.parquet"
+    train.write_bytes((folder / "train.parquet").read_bytes())
+    found = cells_of(study, {"pets": train})[0]
+    assert (found.train, found.test) == (train, folder / "test.parquet")
+    (folder / "test.parquet").unlink()
+    with pytest.raises(DataInvalid, match=r"data set 'pets': there is no data at .*test\.parquet"):
+        cells_of(study, {"pets": train})
+
+
+def test_held_out_data_alone_are_not_trained_on(tmp_path):
+    folder = pets(tmp_path / "pets")
+    (folder / "train.parquet").unlink()
+    with pytest.raises(DataInvalid, match=r"data set 'pets': .*pets holds test.parquet and no train.parquet"):
+        cells_of(load_study(study_file(tmp_path)), {"pets": folder})
 
 
 def test_data_may_lie_on_the_hub(tmp_path, monkeypatch):

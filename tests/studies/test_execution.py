@@ -218,3 +218,19 @@ def test_data_that_changed_since_an_earlier_study_of_the_program_are_other_data(
 
 def no_work(cell, machine, folder, events):
     """Leaves no results."""
+
+
+def test_cells_of_one_content_are_computed_once_and_each_has_its_end(tmp_path):
+    axis = '[axes.of.pets]\ndata = "pets"\n[axes.of.copies]\ndata = "copies"\n'
+    study = load_study(
+        study_file(tmp_path, STUDY.replace("[axes.method.head]", f"[data.copies]\n{axis}[axes.method.head]"))
+    )
+    classes = {"model": {"classes": ["cat", "dog", "emu"]}}
+    places = {"pets": pets(tmp_path / "pets"), "copies": pets(tmp_path / "copies")}
+    only, watcher = {"method": ["head"]}, Counting()
+    cells = cells_of(study, places, override=classes, only=only)
+    ended = execute(study, cells, tmp_path / "out", MACHINE, 2, watcher, no_work)
+    assert [done.cell for done in ended] == cells
+    assert len({done.folder for done in ended}) == 2 and len(cells) == 4
+    assert watcher.todo == 4 and sorted(watcher.done) == sorted(cell.label for cell in cells)
+    assert sum(done.seconds > 0 for done in ended) == 2, "a copy takes no time"

@@ -103,12 +103,14 @@ def cells_of(
     Args:
         study: The study.
         places: Data sets that lie elsewhere than the file says, by name: a folder with a training and a held-out part,
-            or `hub:NAME`, a data set on the hub with these splits, or `hub:NAME/SPLIT` to train on alone.
+            or `hub:NAME`, a data set on the hub with these splits; or training data alone, also `hub:NAME/SPLIT`,
+            with which the file's held-out data stay.
         override: Fields of the run file that all cells get, over what axes say.
         only: Points of an axis that are wanted, all of its points if it is not named.
 
     Raises:
-        ConfigInvalid: If a cell's run file is wrong, with the cell; if there is no such axis or point; or too many.
+        ConfigInvalid: If a cell's run file is wrong, with the cell; if there is no such axis or point; if there are
+            too many cells, or two are the same run.
         DataInvalid: If the data of a cell is not there, or no run can have their classes and it names none.
     """
     axes = _chosen(study, only or {})
@@ -121,7 +123,24 @@ def cells_of(
     found: list[Cell] = []
     for points in itertools.product(*([(axis, point) for point in chosen] for axis, chosen in axes.items())):
         found += _cells_at(study, dict(points), place, classes, override or {})
+    _check_differ(found, overridden=bool(override))
     return found
+
+
+def _check_differ(cells: Sequence[Cell], *, overridden: bool) -> None:
+    """Checks that no two cells are one run on the same data: one result would stand under two names.
+
+    Raises:
+        ConfigInvalid: With the first two that are.
+    """
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        other = found.setdefault(f"{cell.train} {cell.test} {cell.config.model_dump_json(exclude={'name'})}", cell)
+        if other is not cell:
+            why = "what is set for all cells takes the place of what they differ in; " if overridden else ""
+            raise ConfigInvalid(
+                f"{other.label} and {cell.label} are the same run on the same data: {why}give one of them"
+            )
 
 
 def grid_axes(grids: Sequence[str]) -> dict[str, dict[str, Table]]:
@@ -192,7 +211,7 @@ def _cells_at(
     if data is None:
         raise ConfigInvalid(f"{at}: no data set is named, and the study has {len(study.data)}; give data_set = ...")
     train, test = place(data)
-    table = merged(merged(merged(study.run, study.data[data].run), fields), override)
+    table = merged(merged(study.run, study.data[data].run), united(fields, override))
     table = with_classes(table, partial(classes, train))
     found = []
     for seed in study.seeds:
@@ -227,28 +246,34 @@ def _places(name: str, given: DataSet, folder: Path | None) -> tuple[Path, Path 
     Raises:
         DataInvalid: If they are not there, or cannot be fetched.
     """
-    if folder is not None and is_hub(str(folder)):
-        return _on_hub(str(folder))
-    if folder is not None and folder.is_dir():
-        train, test = (_part(folder, split) for split in _PARTS)
-        if train is not None:
-            return train, test
-    if folder is not None and folder.exists():
-        return folder, None
-    if folder is not None or given.train is None:
-        where = f"{folder} is not there" if folder is not None else "the study file says no place for it"
-        raise DataInvalid(f"data set {name!r}: {where}; give --data {name}=FOLDER, with train.parquet and test.parquet")
-    for path in filter(None, (given.train, given.test)):
+    train, test = (given.train, given.test) if folder is None else _found(name, folder)
+    if train is None:
+        raise _nowhere(name, "the study file says no place for it")
+    test = test or given.test
+    for path in filter(None, (train, test)):
         if not is_hub(path) and not Path(path).exists():
             raise DataInvalid(f"data set {name!r}: there is no data at {path}")
-    return local_path(given.train), None if given.test is None else local_path(given.test)
+    return local_path(train), None if test is None else local_path(test)
 
 
-def _on_hub(place: str) -> tuple[Path, Path | None]:
-    """Returns the training and the held-out split of a data set on the hub; one split is for training."""
-    if has_split(place):
-        return local_path(place), None
-    return local_path(f"{place}/train"), local_path(f"{place}/test")
+def _found(name: str, folder: Path) -> tuple[str, str | None]:
+    """Returns the training data of a place that was given, and its held-out data if it has them.
+
+    Raises:
+        DataInvalid: If the place is not there, or has held-out data alone.
+    """
+    if is_hub(place := str(folder)):
+        return (place, None) if has_split(place) else (f"{place}/train", f"{place}/test")
+    if not folder.exists():
+        raise _nowhere(name, f"{folder} is not there")
+    train, test = (_part(folder, split) for split in _PARTS) if folder.is_dir() else (None, None)
+    if test is not None and train is None:
+        raise DataInvalid(f"data set {name!r}: {folder} holds {test.name} and no train.parquet; name what to train on")
+    return str(train or folder), None if test is None else str(test)
+
+
+def _nowhere(name: str, why: str) -> DataInvalid:
+    return DataInvalid(f"data set {name!r}: {why}; give --data {name}=FOLDER, with train.parquet and test.parquet")
 
 
 def _part(folder: Path, split: str) -> Path | None:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -42,7 +42,7 @@ class Watcher:
     """Listener of an execution; does nothing."""
 
     def planned(self, todo: int) -> None:
-        """Takes the number of cells that have no results yet."""
+        """Takes the number of cells that have no results yet; those of one content count each."""
 
     def ended(self, done: Done) -> None:
         """Takes the end of a cell."""
@@ -59,7 +59,7 @@ class Done:
         cell: The cell.
         folder: Of its results.
         failure: Reason why there are none; empty if there are.
-        seconds: Time that it took; 0 if its results were there before.
+        seconds: Time that it took; 0 if its results were there before, or another cell's are its own.
     """
 
     cell: Cell
@@ -131,21 +131,28 @@ def execute(
             _write_study(study, cells, keys, out)
         folders = {key: out / CELLS / key for key in keys}
         found: dict[str, Done] = {}
-        todo: dict[str, Cell] = {}
+        todo: dict[str, list[Cell]] = {}  # several cells may have one content
         for key, cell in zip(keys, cells, strict=True):
             failure = _ended_before(folders[key])
             if failure is None:
-                todo.setdefault(key, cell)
+                todo.setdefault(key, []).append(cell)
             else:
                 found[key] = Done(cell, folders[key], failure, 0.0)
         ordered = sorted(
-            todo.items(), key=lambda each: study.seeds.index(each[1].seed)
+            todo.items(), key=lambda each: study.seeds.index(each[1][0].seed)
         )  # a whole picture early, its intervals later
-        for done in _executed(
-            [(cell, folders[key]) for key, cell in ordered], machine, jobs, watcher or Watcher(), work
-        ):
+        watcher = watcher or Watcher()
+        watcher.planned(sum(map(len, todo.values())))
+        for done in _executed([(of[0], folders[key]) for key, of in ordered], machine, jobs, watcher, work):
             found[done.folder.name] = done
-    return [found[key] for key in keys]
+            for cell in todo[done.folder.name]:
+                watcher.ended(_end_of(cell, done))
+    return [_end_of(cell, found[key]) for key, cell in zip(keys, cells, strict=True)]
+
+
+def _end_of(cell: Cell, done: Done) -> Done:
+    """Returns the end of a cell, which is that of the one that was computed for it: the cell, or one of its content."""
+    return done if cell is done.cell else replace(done, cell=cell, seconds=0.0)
 
 
 def _ended_before(folder: Path) -> str | None:
@@ -169,7 +176,6 @@ def _executed(
 ) -> Iterator[Done]:
     """Yields the end of every cell, as they end."""
     waiting = list(todo)
-    watcher.planned(len(waiting))
     with _processes() as at_work:
         while waiting or at_work:
             while waiting and len(at_work) < jobs:
@@ -178,7 +184,6 @@ def _executed(
             for each in list(at_work):
                 if (done := _taken(each)) is not None:
                     at_work.remove(each)
-                    watcher.ended(done)
                     yield done
             watcher.tick(at_work)
 
