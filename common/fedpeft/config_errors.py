@@ -83,6 +83,11 @@ def in_file(path: Path, text: str, faults: Sequence[Fault], override: Mapping[st
     return "\n".join(f"{place(field)}: {field}: {fault}" for field, fault in faults)
 
 
+def keys_there(data: Any, field: str) -> int:
+    """Returns how many keys of a field's path, from the first one on, a TOML document has."""
+    return len(_present(data, _parts(field)))
+
+
 def line_of(text: str, field: str) -> int:
     """Returns the 1-based line in which a TOML text begins to have a field, or its section if it is absent; else 1.
 

@@ -16,6 +16,7 @@ from fedpeft.data.partitions import iid
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.simulation.content import FORMAT
+from fedpeft.studies.assembly import Changes, assembled
 from fedpeft.studies.cells import Machine, axis_of, cells_of, content_digest, grid_axes
 from fedpeft.studies.checks import check_cells
 from fedpeft.studies.study_file import load_study
@@ -76,6 +77,46 @@ def test_a_base_lies_under_the_file_and_its_paths_are_its_own(tmp_path):
     (tmp_path / "circle.toml").write_text('base = "circle.toml"\n')
     with pytest.raises(ConfigInvalid, match="leads back to this file"):
         load_study(tmp_path / "circle.toml")
+
+
+def test_paths_of_a_scale_are_beside_the_file_that_has_it(tmp_path):
+    (tmp_path / "below").mkdir()
+    place = '[scales.{name}.data.pets]\ntrain = "pets/train.parquet"\n'
+    study_file(tmp_path / "below", STUDY + place.format(name="one"))
+    over = study_file(tmp_path, f'base = "below/study.toml"\nname = "over"\n{place.format(name="two")}')
+    for scale, folder in (("one", tmp_path / "below"), ("two", tmp_path)):
+        pets(folder / "pets")
+        assert cells_of(load_study(over, scale), {})[0].train == folder / "pets" / "train.parquet"
+
+
+def test_a_value_in_place_of_a_table_of_the_base_is_a_fault_of_the_file(tmp_path):
+    study_file(tmp_path)
+    (tmp_path / "over.toml").write_text('base = "study.toml"\ndata.pets = "path"\n')
+    with pytest.raises(ConfigInvalid, match=r"over.toml:2: data.pets: should be a table \(got 'path'\)"):
+        load_study(tmp_path / "over.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[scales.one]\nseeds = [7, 7]", "over.toml:4: scales.one.seeds: a seed stands twice"),
+        ("[scales.one]\nsedes = [7]", "over.toml:4: scales.one.sedes: is not a known key"),
+        ('[scales.one.data.pets]\ntrain = ""', "over.toml:4: scales.one.data.pets.train: is empty"),
+        ("target = 2.0", "over.toml:3: target: .*less than or equal to 1"),
+        ("[scales.one.data.cats.run]\nx = 1\n[scales.one.data.cats.ru]", "over.toml:5: scales.one.data.cats.ru: is"),
+        ("", "study.toml:31: scales.one.seeds.0: .*greater than or equal to 0"),
+    ],
+)
+def test_a_fault_is_named_with_the_scale_and_the_file_that_have_it(tmp_path, text, fault):
+    study_file(tmp_path, STUDY if text else STUDY.replace("seeds = [7]", "seeds = [-7]"))
+    (tmp_path / "over.toml").write_text(f'base = "study.toml"\nname = "over"\n{text}\n')
+    with pytest.raises(ConfigInvalid, match=fault):
+        load_study(tmp_path / "over.toml", "one")
+
+
+def test_no_line_of_the_file_is_to_blame_for_what_a_flag_sets(tmp_path):
+    with pytest.raises(ConfigInvalid, match=r"^set in place of .*study.toml's: seeds: a seed stands twice$"):
+        assembled(study_file(tmp_path), {"pets": pets(tmp_path / "pets")}, Changes(seeds=[1, 1]))
 
 
 def test_flags_choose_points_set_fields_and_add_axes(tmp_path):
@@ -148,6 +189,7 @@ def test_a_run_file_is_a_study_of_one_cell(tmp_path):
         ),
         ("target = 0.01", 'data_set = "cats"', "study.toml:6: data_set: is 'cats'; the data sets of this study: pets"),
         ("[axes.method.head]", "[axes.seed.head]", "study.toml:25: axes.seed: no axis has this name; give seeds"),
+        ("[axes.method.head]", "[axes.loss.head]", "study.toml:25: axes.loss: no axis has this name, .* of results"),
         ("count = 2", "count = 0", "rounds.count"),
         ("target = 0.01", "target = 1.5", "target"),
         ("clients = 2", "clients = 2\nseed = 9", "method=head: rounds.seed: a study has its seeds apart"),

@@ -6,6 +6,7 @@ import pytest
 
 import fedpeft
 from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid
+from fedpeft.studies.study_file import COLUMNS
 
 from .study_texts import pets, study_file
 
@@ -27,6 +28,7 @@ def done(tmp_path_factory):
 def test_the_results_are_a_frame_a_table_and_a_report(done, tmp_path):
     frame = done.to_frame()
     assert list(frame.columns)[:4] == ["method", "training.learning_rate", "seed", "version"]
+    assert set(frame.columns[3:]) <= COLUMNS, "no axis has the name of a column"
     assert len(frame) == 4 and set(frame["training.learning_rate"]) == {"0.01", "0.5"}
     assert set(frame.seed) == {3}
     assert repr(done) == "<fedpeft study 'tiny': 2 of 2 cells with results>"

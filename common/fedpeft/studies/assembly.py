@@ -10,7 +10,7 @@ from typing import Any
 
 from fedpeft.studies.cells import Cell, cells_of
 from fedpeft.studies.checks import check_cells
-from fedpeft.studies.study_file import StudyFile, checked, load_study
+from fedpeft.studies.study_file import StudyFile, changed, load_study
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def assembled(file: Path, places: Mapping[str, Path], changes: Changes) -> tuple
     fresh: dict[str, Any] = {"axes": {**study.axes, **changes.axes}}
     if changes.seeds:
         fresh["seeds"] = tuple(changes.seeds)
-    study = checked({**study.model_dump(), **fresh}, file)
+    study = changed(study, fresh, file)
     cells = cells_of(study, study.named(places), override=changes.override, only=changes.only)
     check_cells(cells)
     return study, cells

@@ -25,7 +25,8 @@ The cells of a study are all combinations of a point of every axis and a seed.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -35,13 +36,15 @@ from fedpeft import text_files
 from fedpeft.config import Name
 from fedpeft.config.overrides import Table, merged, united
 from fedpeft.config.section import Section
-from fedpeft.config_errors import dotted, fault_at, faults_of, in_file
+from fedpeft.config_errors import dotted, fault_at, faults_of, in_file, keys_there
 from fedpeft.data.sources.hub import is_hub
 from fedpeft.errors import ConfigInvalid
 
 DATA = "data"
 """Key of an axis's point that names a data set; all other keys are those of a run file."""
 
+COLUMNS = frozenset({"version", "payload_bytes", "seconds", "accuracy", "loss", "key", "failure"})
+"""Columns of tables of results, beside the seed and the axes."""
 MOST_CELLS = 10_000
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _UNSEEN = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
@@ -101,6 +104,8 @@ class StudyFile(Section):
                 raise fault_at(dotted("axes", axis), "has no point")
             if axis == "seed":
                 raise fault_at("axes.seed", "no axis has this name; give seeds = [...]")
+            if axis in COLUMNS:
+                raise fault_at(dotted("axes", axis), "no axis has this name, which is that of a column of results")
             for point, fields in points.items():
                 self._check_data(fields.get(DATA), dotted("axes", axis, point, DATA))
         self._check_data(self.data_set, "data_set")
@@ -139,8 +144,10 @@ def load_study(path: Path, scale: str | None = None) -> StudyFile:
     Raises:
         ConfigInvalid: If it or its base cannot be read, breaks a rule, or has no such scale.
     """
-    table = _with_base(path)
-    scales = table.pop("scales", {})
+    files = _with_bases(path)
+    table = reduce(laid_over, (of for _, of in files))
+    scales = table.get("scales", {})
+    table = {key: value for key, value in table.items() if key != "scales"}
     if scale is not None:
         if scale not in scales:
             raise ConfigInvalid(f"{path} has no scale {scale!r}; there are: {', '.join(scales) or 'none'}")
@@ -148,7 +155,22 @@ def load_study(path: Path, scale: str | None = None) -> StudyFile:
         table = laid_over(table, scales[scale])
     if "model" in table and "run" not in table:
         table = _study_of_run(table, path.stem)
-    return checked(table, path)
+    try:
+        return StudyFile.model_validate(table)
+    except ValidationError as error:
+        faults = faults_of(error, table, whole="study file")
+        raise ConfigInvalid("\n".join(_in_files(files, scale, *fault) for fault in faults), faults) from None
+
+
+def _in_files(files: Sequence[tuple[Path, Table]], scale: str | None, field: str, text: str) -> str:
+    """Returns a line about a fault, at the newest place that gives most of its field's path."""
+    most, place = 0, (files[-1][0], field)
+    for prefix in ("", *([f"{dotted('scales', scale)}."] if scale is not None else [])):
+        for path, table in files:
+            there = keys_there(table, prefix + field) - (2 if prefix else 0)
+            if there > 0 and there >= most:
+                most, place = there, (path, prefix + field)
+    return in_file(place[0], text_files.read(place[0]), [(place[1], text)])
 
 
 def _study_of_run(run: Table, name: str) -> Table:
@@ -159,17 +181,23 @@ def _study_of_run(run: Table, name: str) -> Table:
     return study
 
 
-def checked(table: Mapping[str, Any], path: Path) -> StudyFile:
-    """Validates a study.
+def changed(study: StudyFile, fresh: Mapping[str, Any], path: Path) -> StudyFile:
+    """Returns a study with other values of some of its keys.
+
+    Args:
+        study: The study.
+        fresh: The values by key.
+        path: Its file, for messages.
 
     Raises:
-        ConfigInvalid: With file, line and field of every fault.
+        ConfigInvalid: With every fault.
     """
+    table = {**study.model_dump(), **fresh}
     try:
         return StudyFile.model_validate(table)
     except ValidationError as error:
         faults = faults_of(error, table, whole="study file")
-        raise ConfigInvalid(in_file(path, text_files.read(path), faults), faults) from None
+        raise ConfigInvalid(in_file(path, text_files.read(path), faults, fresh), faults) from None
 
 
 def laid_over(table: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
@@ -178,7 +206,8 @@ def laid_over(table: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     for key, value in over.items():
         below = result.get(key)
         if key == "run" or not (isinstance(value, Mapping) and isinstance(below, Mapping)):
-            result[key] = merged(below, value) if isinstance(below, Mapping) else value
+            tables = isinstance(value, Mapping) and isinstance(below, Mapping)
+            result[key] = merged(below or {}, value) if tables else value
         elif key == "axes":
             result[key] = {**below, **{axis: _points(below.get(axis, {}), of) for axis, of in value.items()}}
         else:
@@ -197,21 +226,28 @@ def _points(points: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     return result
 
 
-def _with_base(path: Path, seen: tuple[Path, ...] = ()) -> Table:
-    """Returns the table of a study file, laid over that of its base; paths of data sets as seen from here."""
+def _with_bases(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, Table]]:
+    """Returns the tables of a study file's bases, the lowest first, and its own; paths of data as seen from here."""
     table = _read(path)
     if path.resolve() in seen:
         raise ConfigInvalid(f"{path}: base: leads back to this file")
-    for each in table.get("data", {}).values():
-        for split in ("train", "test"):
-            if isinstance(each, dict) and isinstance(each.get(split), str) and each[split] and not is_hub(each[split]):
-                each[split] = str(path.parent / each[split])
+    for part in (table, *table.get("scales", {}).values()):
+        for each in part.get("data", {}).values():
+            _place_beside(path, each)
     base = table.pop("base", None)
     if base is None:
-        return table
+        return [(path, table)]
     if not isinstance(base, str):
         raise ConfigInvalid(f"{path}: base: should be the path of a study file")
-    return laid_over(_with_base(path.parent / base, (*seen, path.resolve())), table)
+    return [*_with_bases(path.parent / base, (*seen, path.resolve())), (path, table)]
+
+
+def _place_beside(path: Path, data_set: Any) -> None:
+    """Makes the paths of a data set, which are beside a study file, those from here."""
+    for split in ("train", "test") if isinstance(data_set, dict) else ():
+        place = data_set.get(split)
+        if isinstance(place, str) and place and not is_hub(place):
+            data_set[split] = str(path.parent / place)
 
 
 def _check_absences(table: Table, scale: Table, at: str) -> None:
