@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,35 @@ def keep(out: Path, kept: Path) -> None:
         FileNotFoundError: If `out` has no study.
         FileExistsError: If `kept` holds anything but results that were kept before.
     """
-    cells = json.loads((out / "study.json").read_text(encoding="utf-8"))["cells"]  # first: what was kept may go then
+    keys = [row["key"] for row in json.loads((out / "study.json").read_text(encoding="utf-8"))["cells"]]
     if kept.exists():
-        if not (kept / "study.json").exists():
-            raise FileExistsError(f"{kept} holds no results of a study and would be removed; name a folder in it")
-        shutil.rmtree(kept)
+        _check_kept(kept)
+    done = sorted({key for key in keys if (out / "cells" / key / "report.json").exists()})
+    if missing := len(set(keys)) - len(done):
+        print(f"{missing} of {len(set(keys))} cells have no report and are left out", file=sys.stderr)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=f"{kept.name}.") as scratch:
+        made = Path(scratch) / "made"
+        _copy(out, made, done)
+        if kept.exists():  # only now: what was kept is there until all that replaces it is
+            kept.rename(Path(scratch) / "before")
+        made.rename(kept)
+
+
+def _check_kept(folder: Path) -> None:
+    """Refuses a folder of anything but results that `keep` left: it would be removed."""
+    if not (folder / "study.json").exists():
+        raise FileExistsError(f"{folder} holds no results of a study and would be removed; name a folder in it")
+    for name in ("adapter.safetensors", "records.jsonl"):
+        if found := next(folder.glob(f"cells/*/{name}"), None):
+            raise FileExistsError(f"{found} would be removed: {folder} is where a study ran; name another folder")
+
+
+def _copy(out: Path, kept: Path, keys: list[str]) -> None:
     shutil.copytree(out / "report", kept / "report", ignore=shutil.ignore_patterns("*.png"))
     shutil.copy(out / "study.json", kept / "study.json")
-    done = [row for row in cells if (out / "cells" / row["key"] / "report.json").exists()]
-    if len(done) < len(cells):
-        print(f"{len(cells) - len(done)} of {len(cells)} cells have no report and are left out", file=sys.stderr)
-    for row in done:
-        cell = out / "cells" / row["key"]
-        place = kept / "cells" / row["key"]
+    for key in keys:
+        cell, place = out / "cells" / key, kept / "cells" / key
         place.mkdir(parents=True)
         shutil.copy(cell / "cell.json", place / "cell.json")
         report = json.loads((cell / "report.json").read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ from fedpeft.studies.report import write_report
 from fedpeft.studies.results import load_results
 from fedpeft.studies.study_file import load_study
 
+from ..simulation.simulated_runs import without_clock
 from .study_texts import STUDY, pets, study_file
 
 pytestmark = pytest.mark.xdist_group("studies")  # their cells are forks of one process, which imports torch once
@@ -214,6 +215,26 @@ def test_data_that_changed_since_an_earlier_study_of_the_program_are_other_data(
         file.write(b"0")
     (after,) = execute(study, cells, tmp_path / "out", MACHINE, 1, work=no_work)
     assert before.folder != after.folder
+
+
+def test_a_report_of_another_cell_or_of_other_records_is_computed_again(tmp_path):
+    study = load_study(study_file(tmp_path))
+    cells = cells_of(study, {"pets": pets(tmp_path / "pets")})[:2]
+    first, second = (done.folder for done in execute(study, cells, tmp_path / "out", MACHINE, 2))
+    whole = (second / "report.json").read_bytes()
+    for damage in (
+        lambda: (second / "report.json").write_bytes((first / "report.json").read_bytes()),
+        lambda: (second / "records.jsonl").write_text((second / "records.jsonl").read_text().splitlines()[0] + "\n"),
+    ):
+        damage()
+        again = Counting()
+        execute(study, cells, tmp_path / "out", MACHINE, 2, again)
+        assert again.todo == 1
+        assert without_clock(json.loads((second / "report.json").read_text())) == without_clock(json.loads(whole))
+    for name in ("adapter.safetensors", "records.jsonl"):  # as results are kept
+        (second / name).unlink()
+    execute(study, cells, tmp_path / "out", MACHINE, 2, kept := Counting())
+    assert kept.todo == 0
 
 
 def no_work(cell, machine, folder, events):

@@ -27,7 +27,7 @@ def study(out: Path) -> Path:
     done = out / "cells" / "done"
     for folder in (out / "report", done, out / "cells" / "failed"):
         folder.mkdir(parents=True)
-    (out / "study.json").write_text(json.dumps({"cells": [{"key": "done"}, {"key": "failed"}]}))
+    (out / "study.json").write_text(json.dumps({"cells": [{"key": "done"}, {"key": "done"}, {"key": "failed"}]}))
     (out / "report" / "report.html").write_text("page")
     ticket = {"client": "a", "state": "counted", "reason": "", "examples": 3, "weight": 1.0, "update_norm": 0.5}
     tickets = [{**ticket, "metrics": {"loss": 0.25, "seconds": 2.0}, "id": "long"}]
@@ -72,3 +72,23 @@ def test_a_wrong_argument_removes_nothing(keep, tmp_path):
     with pytest.raises(FileNotFoundError):
         keep(tmp_path / "typo", results / "communication")
     assert (results / "communication" / "study.json").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "records.jsonl"])
+def test_the_folder_where_a_study_ran_is_never_replaced(keep, tmp_path, name):
+    out, other = study(tmp_path / "out"), study(tmp_path / "other")
+    for folder in (out, other):
+        (folder / "cells" / "done" / name).write_text("a day's work")
+        with pytest.raises(FileExistsError, match=r"would be removed: .* is where a study ran"):
+            keep(out, folder)
+        assert (folder / "cells" / "done" / name).exists()
+
+
+def test_what_was_kept_stays_until_all_that_replaces_it_is_there(keep, tmp_path):
+    out, kept = study(tmp_path / "out"), tmp_path / "kept"
+    keep(out, kept)
+    (out / "cells" / "done" / "cell.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        keep(out, kept)
+    assert (kept / "cells" / "done" / "report.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "out"]

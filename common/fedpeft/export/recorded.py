@@ -19,7 +19,7 @@ def recorded_sha256(adapter: Path, run: str, version: int) -> str | None:
         version: The version that the file says it is.
 
     Raises:
-        BlobCorrupt: If a line there is not the record of a round.
+        BlobCorrupt: If a line there is not the record of a round, or the records of that run end before the version.
         OSError: If the records are there and cannot be read.
     """
     path = adapter.with_name(RECORDS)
@@ -37,4 +37,9 @@ def recorded_sha256(adapter: Path, run: str, version: int) -> str | None:
                 return found.adapter_sha256
             if found.round == 1 and version == 0:
                 return found.base_sha256
+    if version > 0:
+        raise BlobCorrupt(
+            f"{path} ends before version {version}, which {adapter.name} is, so that is of other records; move it away "
+            "from these to use it without"
+        )
     return None

@@ -26,7 +26,7 @@ from fedpeft.process import durable, locks
 from fedpeft.studies.cell_process import in_environment, run_cell
 from fedpeft.studies.cells import Cell, Machine, content_digest
 from fedpeft.studies.files import CELL, CELLS, FAILURE, LOG, REPORT, STUDY
-from fedpeft.studies.results import ended
+from fedpeft.studies.results import check_origin, ended, load_report, paused
 from fedpeft.studies.study_file import StudyFile
 
 _log = structlog.get_logger(__name__)
@@ -133,7 +133,7 @@ def execute(
         found: dict[str, Done] = {}
         todo: dict[str, list[Cell]] = {}  # several cells may have one content
         for key, cell in zip(keys, cells, strict=True):
-            failure = _ended_before(folders[key])
+            failure = _ended_before(cell, folders[key])
             if failure is None:
                 todo.setdefault(key, []).append(cell)
             else:
@@ -155,15 +155,18 @@ def _end_of(cell: Cell, done: Done) -> Done:
     return done if cell is done.cell else replace(done, cell=cell, seconds=0.0)
 
 
-def _ended_before(folder: Path) -> str | None:
+def _ended_before(cell: Cell, folder: Path) -> str | None:
     """Returns why a cell that ended earlier has no results, empty if it has; None if it is to be computed.
 
-    A report that cannot be read is removed, for its cell is computed again.
+    A report that cannot be read, or is not the cell's, is removed, for its cell is computed again. Its adapter and
+    records may be away: results are kept without them.
     """
     if not (folder / REPORT).exists():
         return None
     try:
-        return ended(folder)
+        report = load_report(folder)
+        check_origin(report, folder, cell.config)
+        return paused(report)
     except DataInvalid as error:
         _log.warning("a report is damaged; its cell is computed again", fault=error.message)
         with durable.refusals(f"removing {folder / REPORT}"):

@@ -10,4 +10,5 @@ OUT/report/                  the report
 """
 
 STUDY, CELLS = "study.json", "cells"
-CELL, REPORT, FAILURE, LOG, TRACKED = "cell.json", "report.json", "failure.json", "log.txt", "tracked.json"
+CELL, REPORT, RECORDS = "cell.json", "report.json", "records.jsonl"
+FAILURE, LOG, TRACKED = "failure.json", "log.txt", "tracked.json"

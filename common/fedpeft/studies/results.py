@@ -16,8 +16,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from fedpeft.config import RunConfig
 from fedpeft.errors import DataInvalid
-from fedpeft.studies.files import CELLS, FAILURE, REPORT, STUDY
+from fedpeft.rounds import record
+from fedpeft.studies.files import CELLS, FAILURE, RECORDS, REPORT, STUDY
 
 CONFIDENCE = 0.95
 
@@ -325,7 +327,7 @@ def load_results(folder: Path) -> StudyResult:
         place = folder / CELLS / row["key"]
         try:
             report = load_report(place) if (place / REPORT).exists() else None
-            failure = _paused(report) if report else _failed(place)
+            failure = paused(report) if report else _failed(place)
         except DataInvalid as error:
             report, failure = None, f"{error.message}; `fedpeft study run` computes this cell again"
         kept = None if failure else report
@@ -338,10 +340,33 @@ def ended(folder: Path) -> str:
 
     A run that was paused, because a round could not get its updates, has no results that could be compared.
     """
-    return _paused(load_report(folder)) if (folder / REPORT).exists() else _failed(folder)
+    return paused(load_report(folder)) if (folder / REPORT).exists() else _failed(folder)
 
 
-def _paused(report: Mapping[str, Any]) -> str:
+def check_origin(report: Mapping[str, Any], folder: Path, config: RunConfig) -> None:
+    """Checks that the report in a folder is of a run, and of the records that lie beside it.
+
+    Raises:
+        DataInvalid: If it is of another.
+    """
+    said = report.get("config", {})
+    ours = {"model": config.model.name, "method": config.peft.method, "seed": config.rounds.seed}
+    found = {
+        "model": said.get("model", {}).get("name"),
+        "method": said.get("peft", {}).get("method"),
+        "seed": int(said.get("rounds", {}).get("seed", 0)),
+    }
+    if found != ours:
+        raise DataInvalid(f"{folder / REPORT} is of another run: it has {found}, and this one {ours}")
+    if report["rounds"] and (folder / RECORDS).exists():
+        lines = (folder / RECORDS).read_text("ascii", "replace").splitlines()
+        last = record.digest(lines[-1]) if lines else ""
+        if last != report["rounds"][-1].get("record_sha256"):
+            raise DataInvalid(f"{folder / RECORDS} does not end with the record of the last round in {folder / REPORT}")
+
+
+def paused(report: Mapping[str, Any]) -> str:
+    """Returns the reason why a report has no results that could be compared; empty if it has."""
     if report.get("state", COMPLETED) == COMPLETED:
         return ""
     return f"the run is {report['state']} after round {report.get('version', 0)}: {report.get('reason', '')}"

@@ -151,6 +151,10 @@ def test_a_file_that_was_changed_is_refused(
     ends_with(1, file, "--out", out)
     assert f"the record of it in {tmp_path / 'records.jsonl'} says" in capsys.readouterr().err
     assert not out.exists()
+    if version:
+        (tmp_path / "records.jsonl").write_text("")
+        ends_with(1, file, "--out", out)
+        assert f"{tmp_path / 'records.jsonl'} ends before version 1, which" in capsys.readouterr().err
     (tmp_path / "records.jsonl").write_text(records.replace('"simulation"', '"another"'))
     ends_with(0, file, "--out", out, "--json")  # records of another run say nothing of this file
     assert json.loads(capsys.readouterr().out)["adapter_sha256"] == hashlib.sha256(changed).hexdigest()

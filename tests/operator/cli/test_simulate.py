@@ -111,9 +111,10 @@ def test_modules_that_are_named_are_imported_first(tmp_path, capfd):
 
 def test_what_is_noticed_in_the_data_does_not_stand_before_the_report(tmp_path, capfd):
     for label in ("cat", "dog"):
-        (tmp_path / "photos" / label / "more").mkdir(parents=True)
-        for k in range(6):
-            (tmp_path / "photos" / label / "more" / f"{k}.png").write_bytes(png(k))
+        for site in ("north", "south"):
+            (tmp_path / "photos" / label / site).mkdir(parents=True)
+            for k in range(3):
+                (tmp_path / "photos" / label / site / f"{k}.png").write_bytes(png(k))
     arguments = ["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--device", "cpu", "--json"]
     with pytest.raises(SystemExit) as ended:
         main(["simulate", str(without_classes(tmp_path)), *arguments])
