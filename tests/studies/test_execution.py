@@ -105,6 +105,8 @@ def test_a_failure_says_why_in_its_folder_and_in_the_results(finished):
     assert said["message"] == second[4].failure
     assert not (second[2].folder / "failure.json").exists(), "that of the killed cell is gone with its success"
     results = load_results(out)
+    of_first = results.cells[0].report["rounds"]
+    assert ["tickets" in each for each in of_first] == [False] * (len(of_first) - 1) + [True]
     assert [bool(cell.report) for cell in results.cells] == [True] * 4 + [False] * 2
     assert results.cells[4].failure == second[4].failure
 

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from fedpeft.studies.report.figures import figures_of
+from fedpeft.studies.report.tables import tables_of
 from fedpeft.studies.results import (
     CellResult,
     Group,
@@ -92,3 +93,21 @@ def test_a_version_is_drawn_at_its_number_whichever_others_were_scored():
     study = StudyResult(Path(), about, (CellResult("a", {"run": "a"}, 0, "", report, ""),))
     (axis,) = figures_of(study)["accuracy-rounds"].figure.axes
     assert list(axis.lines[0].get_xdata()) == [1.0, 3.0]
+
+
+def test_a_report_without_distances_is_one_of_which_none_are_said():
+    reports = (
+        {**REPORT, "squared_distances": None},
+        {**REPORT, "squared_distances": {"backbone": 1.0, "head": 2.0, "added": 0.0}},
+    )
+    about = {
+        "name": "n",
+        "title": "t",
+        "question": "",
+        "target": None,
+        "budgets_bytes": [],
+        "axes": {"run": ["a", "b"]},
+    }
+    cells = tuple(CellResult(str(k), {"run": "ab"[k]}, 0, "", reports[k], "") for k in (0, 1))
+    tables = {table.name: table for table in tables_of(StudyResult(Path(), about, cells))}
+    assert [row[0] for row in tables["distances"].rows] == ["a", "b"]

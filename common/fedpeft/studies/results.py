@@ -130,7 +130,7 @@ class CellResult:
         points: Its point of each axis.
         seed: Its seed.
         label: A line for people.
-        report: Its report; None if there is none.
+        report: Its report, with the tickets of its last round alone; None if there is none.
         failure: Reason why there is none; empty if nobody tried, or there is one.
     """
 
@@ -330,6 +330,8 @@ def load_results(folder: Path) -> StudyResult:
             failure = paused(report) if report else _failed(place)
         except DataInvalid as error:
             report, failure = None, f"{error.message}; `fedpeft study run` computes this cell again"
+        for earlier in (report or {"rounds": []})["rounds"][:-1]:
+            earlier.pop("tickets", None)  # tables show those of the last round, and all of them fill the memory
         kept = None if failure else report
         cells.append(CellResult(row["key"], row["points"], row["seed"], row["label"], kept, failure))
     return StudyResult(folder, about, tuple(cells))

@@ -204,7 +204,7 @@ def _distances(study: StudyResult) -> Table | None:
     parts = ("backbone", "head", "added")
     rows, known = [], False
     for group in study.groups:
-        found = [c.report["squared_distances"] for c in group.cells if c.report and "squared_distances" in c.report]
+        found = [each for c in group.cells if (each := (c.report or {}).get("squared_distances"))]
         known = known or bool(found)
         rows.append((*group.points.values(), *(plain(estimate(each[part] for each in found), 3) for part in parts)))
     if not known:
