@@ -5,10 +5,12 @@ A backbone never changes: tuning works on a model that shares its frozen tensors
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -117,6 +119,12 @@ def skeleton(config: ModelConfig) -> tuple[nn.Module, ModelStructure]:
     Raises:
         ModelInvalid: If there is no such model, or not in this size or depth.
     """
+    return copy.deepcopy(_skeleton(config))
+
+
+@lru_cache(maxsize=1)
+def _skeleton(config: ModelConfig) -> tuple[nn.Module, ModelStructure]:
+    """Returns what `skeleton` returns a copy of: timm takes five times as long to build one, and methods change it."""
     task = task_of(config.task)
     module = _created(task, config, "meta").requires_grad_(False)
     return module, _structure(task, module, config)

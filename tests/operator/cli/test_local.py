@@ -144,7 +144,7 @@ def test_params_prints_what_the_readme_shows(capfd: pytest.CaptureFixture[str]) 
     assert fedpeft("params", *command.split()) == 0
     shown = capfd.readouterr()
     assert shown.out == after.partition("```")[0]
-    assert shown.err == "building vit_base_patch16_224 without weights, once for every method ...\n"
+    assert shown.err == "building vit_base_patch16_224 without weights, and every method on it ...\n"
 
 
 def test_params_leaves_out_and_names_what_does_not_fit_a_model(capfd: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ def params(
 ) -> None:
     """Count what each PEFT method tunes and sends one way; needs no weights."""
     require("train", "torch", "timm")
-    output.note(f"building {model} without weights, once for every method ...")
+    output.note(f"building {model} without weights, and every method on it ...")
     try:
         rows = counted(model, classes)
     except ModelInvalid as error:
