@@ -218,3 +218,13 @@ def test_data_sets_of_a_program_give_the_bits_of_the_same_files(here: Path) -> N
     by_client = fedpeft.simulate(tomllib.loads(RUN_FILE), parts, "by-client", evaluate=str(whole))
     assert {client for each in by_client.rounds for client in each.clients} == set(parts)
     assert by_client.report["partition"] is None
+
+
+def test_a_limit_of_pixels_is_that_of_a_data_set_that_was_asked_for_its_classes_too(here: Path) -> None:
+    import datasets
+
+    loaded = datasets.Dataset.from_parquet("test.parquet", cache_dir=str(here / "cache"))
+    text = re.sub("classes = .*", "", RUN_FILE)
+    run = tomllib.loads(text) | {"simulation": {"clients": 3, "max_image_pixels": 15}}
+    with pytest.raises(DataInvalid, match="4 x 4 pixels, more than 15 pixels"):
+        fedpeft.simulate(run, loaded, "out")
