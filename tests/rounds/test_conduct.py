@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft import seeds
 from fedpeft.config import RoundsConfig
 from fedpeft.rounds.conduct import ASIDE_AFTER, GOOD, LONGEST_REST, REST_ROUNDS, Conduct, Demerits, settled
 from fedpeft.rounds.events import Waiting
@@ -90,3 +91,12 @@ class TestSampling:
         assert [t.client for t in opened.tickets] == ["a", "b"]
         opened, _ = advance(Round("run-1", 2), Waiting(frozenset("abc"), poor), config, 0.0)
         assert [t.client for t in opened.tickets] == ["b", "c"]
+
+
+@given(st.sets(st.integers(0, 400), max_size=60), st.integers(0, 60), st.integers(0, 3), st.integers(1, 9))
+def test_the_sampled_are_the_first_by_rank_whatever_was_ranked_before(
+    some: set[int], count: int, seed: int, number: int
+) -> None:
+    clients = {f"client-{each}" for each in some}
+    ranked = sorted(clients, key=lambda client: (seeds.sampling_rank(seed, number, client), client))
+    assert sample(clients, count, seed, number) == sorted(ranked[:count])

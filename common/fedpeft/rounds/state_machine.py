@@ -31,6 +31,8 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
+from heapq import nsmallest
 from typing import ClassVar
 
 from fedpeft import seeds
@@ -161,16 +163,32 @@ def due(state: Round, ticket: Ticket, config: RoundsConfig) -> float | None:
 _NONE: Mapping[str, int] = {}
 
 
+class _Ranks(dict[str, int]):
+    """Ranks of clients in a round, each worked out once: a buffered round gives a place away with every arrival."""
+
+    def __init__(self, seed: int, number: int) -> None:
+        super().__init__()
+        self._seed, self._number = seed, number
+
+    def __missing__(self, client: str) -> int:
+        self[client] = rank = seeds.sampling_rank(self._seed, self._number, client)
+        return rank
+
+
+_ranks = lru_cache(maxsize=8)(_Ranks)
+
+
 def sample(
     candidates: Iterable[str], count: int, seed: int, number: int, demerits: Mapping[str, int] = _NONE
 ) -> list[str]:
     """Returns up to `count` of the candidates, the same ones for the same arguments, sorted."""
 
-    def rank(client: str) -> tuple[int, int, str]:
-        return demerits.get(client, 0), seeds.sampling_rank(seed, number, client), client
+    ranks = _ranks(seed, number)
 
-    ranked = sorted(candidates, key=rank)
-    return sorted(ranked[:count])
+    def rank(client: str) -> tuple[int, int, str]:
+        return demerits.get(client, 0), ranks[client], client
+
+    return sorted(nsmallest(count, candidates, key=rank))
 
 
 class RoundPolicy(ABC):
