@@ -182,7 +182,6 @@ def sample(
     candidates: Iterable[str], count: int, seed: int, number: int, demerits: Mapping[str, int] = _NONE
 ) -> list[str]:
     """Returns up to `count` of the candidates, the same ones for the same arguments, sorted."""
-
     ranks = _ranks(seed, number)
 
     def rank(client: str) -> tuple[int, int, str]:
