@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from fedpeft.data.division import Division
 from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.partitions import iid
 from fedpeft.data.sources.opening import open_source
+from fedpeft.models.tasks.image_classification import ImageClassification
 from fedpeft.studies import plan
 from fedpeft.studies.cells import Cell, Machine, cells_of
 from fedpeft.studies.study_file import load_study
@@ -33,6 +35,42 @@ def test_steps_take_the_time_of_their_batches_however_many_examples_a_client_has
     cells = cells_of(study, {"pets": pets(tmp_path / "pets")}, override=override, only={"method": ["head"]})
     (seconds,) = {each.seconds for each in plan.plan_of(cells, None, Machine())}
     assert seconds == 3 + 2 * 2 * trained + 3 * 0.5
+
+
+@pytest.mark.parametrize(
+    ("rounds", "others", "tickets", "trainings"),
+    [
+        ({"over_selection": 0.5}, {}, 2 * 3, 2 * 3),
+        ({"over_selection": 0.5}, {"codec": {"error_feedback": False}}, 2 * 3, 2 * 2),
+        ({"over_selection": 0.5}, {"codec": {"error_feedback": False}, "simulation": {"engine": "processes"}}, 6, 6),
+        ({"clients": 4}, {}, 2 * 3, 2 * 3),
+        ({"policy": "buffered", "concurrency": 3}, {}, 2 * 2 + 2, 2 * 2 + 2),
+        ({"policy": "buffered", "concurrency": 3}, {"codec": {"error_feedback": False}}, 2 * 2 + 2, 2 * 2),
+    ],
+)
+def test_clients_beyond_those_that_count_take_bytes_and_time(tmp_path, measured, rounds, others, tickets, trainings):
+    study, only = load_study(study_file(tmp_path)), {"method": ["head"]}
+    cells = cells_of(study, {"pets": pets(tmp_path / "pets")}, override={"rounds": rounds, **others}, only=only)
+    planned = plan.plan_of(cells, None, Machine())[0]
+    assert planned.bytes_down == tickets * 200
+    assert planned.bytes_up == (2 * 3 if rounds.get("clients") == 4 else 2 * 2) * 100
+    assert planned.seconds == 3 + trainings * 10 * 1.0 + 3 * 0.5
+
+
+@pytest.mark.parametrize(
+    ("rounds", "training"),
+    [
+        ({"count": 9}, {"schedule": "step", "schedule_drops": 3}),
+        ({}, {"warmup_rounds": 1, "schedule": "cosine", "final_factor": 0.1}),
+        ({"policy": "buffered", "concurrency": 3}, {}),
+    ],
+)
+def test_the_round_that_is_timed_is_one_of_any_run(tmp_path, rounds, training):
+    study, only = load_study(study_file(tmp_path)), {"method": ["head"]}
+    override = {"rounds": rounds, "training": training}
+    places = {"pets": pets(tmp_path / "pets")}
+    timed = plan._measured(cells_of(study, places, override=override, only=only)[0], Machine("cpu"))
+    assert timed.bytes_down == timed.bytes_up, "of one client"
 
 
 def test_cells_are_of_one_kind_if_only_the_division_of_their_data_differs(tmp_path, measured):
@@ -87,11 +125,13 @@ def test_clients_that_are_folders_have_as_many_examples_as_lie_there(tmp_path, m
     assert planned.seconds == 3 + 2 * 2 * 6 * 1.0
 
 
-def test_the_data_are_divided_once_for_cells_that_share_a_division(tmp_path, measured, monkeypatch):
-    divided = []
-    real = plan.clients_of
-    monkeypatch.setattr(plan, "clients_of", lambda path, config: divided.append(config) or real(path, config))
+def test_a_data_set_is_opened_once_and_divided_once_for_cells_that_share_a_division(tmp_path, measured, monkeypatch):
+    opened, divided = [], []
+    read, of = ImageClassification.read, Division.of
+    monkeypatch.setattr(ImageClassification, "read", lambda task, path: opened.append(path) or read(task, path))
+    monkeypatch.setattr(Division, "of", lambda rule, data, seed: divided.append(seed) or of(rule, data, seed))
     cells = cells_of(load_study(study_file(tmp_path)), {"pets": pets(tmp_path / "pets")})
     assert len(cells) == 4
     plan.plan_of(cells, None, Machine())
-    assert [config.rounds.seed for config in divided] == [0, 1]
+    assert len(opened) == 2, "once to see that it is one data set, and once for all divisions"
+    assert divided == [0, 0, 1], "likewise"

@@ -7,7 +7,6 @@ dense encodings; what a sparse one leaves out depends on the values.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -16,20 +15,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedpeft.config import RunConfig, SimulationConfig, TrainingConfig
+from fedpeft.config import RoundsConfig, RunConfig, SimulationConfig, TrainingConfig
+from fedpeft.config.simulation import DIVISION
 from fedpeft.errors import TrainingFailed
-from fedpeft.models.tasks import task_of
 from fedpeft.rounds.screening import local_steps
-from fedpeft.simulation import clients_of, reading_of
+from fedpeft.rounds.state_machine import policy_of
 from fedpeft.studies.cell_process import run_cell
 from fedpeft.studies.cells import Cell, Machine
-from fedpeft.studies.checks import DIVISION, division_key
+from fedpeft.studies.divisions import Divisions
 from fedpeft.studies.execution import start
 from fedpeft.studies.files import CELLS, REPORT
-from fedpeft.studies.results import ended
+from fedpeft.studies.results import ended, load_report
+from fedpeft.training.run_spec import spec_without_weights
 
 AT_ONCE = 16
 """Most clients of the round that is timed, where the engine trains several at once."""
+ALL_AT_ONCE = {"quorum": None, "min_available": None, "over_selection": 0.0, "concurrency": None}
+"""Settings of a round that has the updates of all who are sampled."""
+UNSCHEDULED = {"schedule": None, "warmup_rounds": None, "final_factor": None, "schedule_drops": None}
+"""Settings of a learning rate that is the same in every round; one round takes as long with any."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ class CellPlan:
         cell: The cell.
         done: True if its results are there already.
         seconds: Time of its simulation.
-        bytes_up: Payload bytes of all clients in all rounds.
-        bytes_down: Likewise; an upper bound, because a client that holds a version's bytes is sent none.
+        bytes_up: Payload bytes of all updates that are counted.
+        bytes_down: Those of the versions of all clients that are sampled; an upper bound, because a client that holds
+            a version's bytes is sent none.
     """
 
     cell: Cell
@@ -85,31 +90,54 @@ def plan_of(
         TrainingFailed: If the round that is timed fails, with its reason.
     """
     kinds: dict[str, Kind] = {}
-    sizes: dict[str, float] = {}
-    found = []
+    uncounted: dict[str, bool] = {}
+    means: dict[str, float] = {}
+    divisions, found = Divisions(), []
     for cell in cells:
         key = f"{cell.train} {cell.test} {_kind_of(cell.config)}"
         if key not in kinds:
             if timed is not None:
                 timed(cell)
             kinds[key] = _measured(cell, machine)
+            uncounted[key] = _trains_uncounted(cell.config)
+        clients = divisions.of(cell)
+        if (division := f"{divisions.key(cell)} {cell.config.training.model_dump_json()}") not in means:
+            means[division] = sum(_trained(size, cell.config.training) for size in clients.values()) / len(clients)
         done = out is not None and (out / CELLS / cell.key(machine) / REPORT).exists()
-        if (division := f"{division_key(cell)} {cell.config.training.model_dump_json()}") not in sizes:
-            sizes[division] = _mean_trained(cell)
-        found.append(_planned(cell, kinds[key], sizes[division], done=done))
+        tickets, counted = _work(cell.config.rounds, len(clients))
+        trained = (tickets if uncounted[key] else counted) * means[division]
+        found.append(_planned(cell, kinds[key], trained, tickets, counted, done=done))
     return found
 
 
 def _kind_of(config: RunConfig) -> str:
-    return config.model_dump_json(exclude={"name": True, "rounds": True, "simulation": DIVISION})
+    return config.model_dump_json(
+        exclude={"name": True, "rounds": True, "simulation": set(DIVISION), "training": set(UNSCHEDULED)}
+    )
 
 
-def _mean_trained(cell: Cell) -> float:
-    """Returns how many examples a client trains on in a round, in the mean over the clients."""
-    clients = clients_of(cell.train, cell.config)[0].values()
-    task = task_of(cell.config.model.task).reading(reading_of(cell.config))
-    sizes = [len(task.read(data) if isinstance(data, Path) else data) for data in clients]
-    return sum(_trained(size, cell.config.training) for size in sizes) / len(sizes)
+def _trains_uncounted(config: RunConfig) -> bool:
+    """Returns True if a simulation also computes updates that are not counted; see `LoadedRun.keeps_uncounted`.
+
+    An engine that has several clients at work has begun them by then.
+    """
+    simulated, privacy = config.simulation or SimulationConfig(), config.privacy
+    if (
+        simulated.engine != "inprocess"
+        or config.codec.error_feedback
+        or (privacy is not None and privacy.is_of_clients)
+    ):
+        return True
+    spec = spec_without_weights(config)
+    return len(spec.shared) < len(spec.tensors)  # clients keep the others
+
+
+def _work(rounds: RoundsConfig, clients: int) -> tuple[int, int]:
+    """Returns how many tickets a run of so many clients gives out in all, and how many updates it counts."""
+    sampled, counted = min(rounds.sampled, clients), rounds.count * min(rounds.clients, clients)
+    if policy_of(rounds).one_version:
+        return rounds.count * sampled, counted
+    return counted + sampled - 1, counted  # each place is given away again, but for that of the last update
 
 
 def _trained(examples: int, training: TrainingConfig) -> float:
@@ -118,19 +146,19 @@ def _trained(examples: int, training: TrainingConfig) -> float:
     return local_steps(examples, training) * examples / batches if batches else 0.0
 
 
-def _planned(cell: Cell, kind: Kind, trained: float, *, done: bool) -> CellPlan:
-    rounds, clients = cell.config.rounds.count, cell.config.rounds.clients
-    scored = 0 if cell.test is None else rounds + 1
-    seconds = kind.start_s + rounds * clients * trained * kind.example_s + scored * kind.score_s
-    return CellPlan(cell, done, seconds, rounds * clients * kind.bytes_up, rounds * clients * kind.bytes_down)
+def _planned(cell: Cell, kind: Kind, trained: float, tickets: int, counted: int, *, done: bool) -> CellPlan:
+    scored = 0 if cell.test is None else cell.config.rounds.count + 1
+    seconds = kind.start_s + trained * kind.example_s + scored * kind.score_s
+    return CellPlan(cell, done, seconds, counted * kind.bytes_up, tickets * kind.bytes_down)
 
 
 def _measured(cell: Cell, machine: Machine) -> Kind:
     """Holds the round of a cell that is timed, in a process of its own."""
     simulated = cell.config.simulation or SimulationConfig()
     clients = 1 if simulated.engine == "inprocess" else min(cell.config.rounds.clients, AT_ONCE)
-    rounds = {"count": 1, "clients": clients, "quorum": None, "min_available": None, "over_selection": 0.0}
-    config = cell.config.model_copy(update={"rounds": cell.config.rounds.model_copy(update=rounds)})
+    rounds = cell.config.rounds.model_copy(update={"count": 1, "clients": clients, **ALL_AT_ONCE})
+    training = cell.config.training.model_copy(update=UNSCHEDULED)
+    config = cell.config.model_copy(update={"rounds": rounds, "training": training})
     with tempfile.TemporaryDirectory(prefix="fedpeft-plan-") as name:
         folder = Path(name)
         began = time.monotonic()
@@ -144,7 +172,7 @@ def _measured(cell: Cell, machine: Machine) -> Kind:
         wall = time.monotonic() - began
         if not (folder / REPORT).exists():
             raise TrainingFailed(f"{cell.label}: {ended(folder) or 'the process that was timed ended without a word'}")
-        return _kind(json.loads((folder / REPORT).read_text()), config.training, wall)
+        return _kind(load_report(folder), config.training, wall)
 
 
 def _kind(report: dict[str, Any], training: TrainingConfig, wall_s: float) -> Kind:
