@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,10 +134,11 @@ def test_an_interrupt_leaves_no_process(tmp_path, whole, started):
 def test_workers_are_as_many_as_there_are_cores_for_their_threads(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert processes.Processes(None)._count == 2
-    assert processes.Processes(None, 5)._count == 5
+    trainer = SimpleNamespace(run=SimpleNamespace(config=None, device=torch.device("cpu")))
+    assert processes.Processes(trainer)._count == 2
+    assert processes.Processes(trainer, 5)._count == 5
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    assert processes.Processes(None)._count == 1
+    assert processes.Processes(trainer)._count == 1
 
 
 def test_an_engine_of_an_installed_package_is_one_class_and_makes_the_same_bits(tmp_path, monkeypatch, whole):

@@ -116,7 +116,7 @@ def test_a_fault_is_named_with_the_scale_and_the_file_that_have_it(tmp_path, tex
 
 def test_no_line_of_the_file_is_to_blame_for_what_a_flag_sets(tmp_path):
     with pytest.raises(ConfigInvalid, match=r"^set in place of .*study.toml's: seeds: a seed stands twice$"):
-        assembled(study_file(tmp_path), {"pets": pets(tmp_path / "pets")}, Changes(seeds=[1, 1]))
+        assembled(study_file(tmp_path), {"pets": pets(tmp_path / "pets")}, Changes(seeds=[1, 1]), Machine("cpu"))
 
 
 def test_flags_choose_points_set_fields_and_add_axes(tmp_path):
@@ -260,7 +260,7 @@ def test_data_may_lie_on_the_hub(tmp_path, monkeypatch):
     both, trained = (cells_of(study, {"pets": Path(place)})[0] for place in ("hub:cifar10", "hub:cifar10/train"))
     names = '[data.pets]\ntrain = "hub:cifar10/train"\ntest = "hub:cifar10/test"\n[data.pets.run.model]'
     written = cells_of(load_study(study_file(tmp_path, STUDY.replace("[data.pets.run.model]", names))), {})[0]
-    check_cells([both, trained, written])
+    check_cells([both, trained, written], machine)
     assert both.key(machine) == written.key(machine) != trained.key(machine)
     assert both.train == trained.train and trained.test is None
     with pytest.raises(DataInvalid, match="has no split 'valid' in parquet; in the cache of it are: test, train"):
@@ -296,7 +296,7 @@ def test_data_may_lie_on_the_hub(tmp_path, monkeypatch):
 )
 def test_cells_that_cannot_work_are_refused_before_one_runs(tmp_path, old, new, fault):
     with pytest.raises((ConfigInvalid, DataInvalid), match=fault):
-        check_cells(cells(tmp_path, STUDY.replace(old, new, 1)))
+        check_cells(cells(tmp_path, STUDY.replace(old, new, 1)), Machine("cpu"))
 
 
 def test_a_cell_is_named_by_its_content_alone(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fedpeft.studies.cells import Cell, cells_of
+from fedpeft.studies.cells import Cell, Machine, cells_of
 from fedpeft.studies.checks import check_cells
 from fedpeft.studies.study_file import StudyFile, changed, load_study
 
@@ -32,18 +32,22 @@ class Changes:
     only: Mapping[str, Sequence[str]] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def assembled(file: Path, places: Mapping[str, Path], changes: Changes) -> tuple[StudyFile, list[Cell]]:
+def assembled(
+    file: Path, places: Mapping[str, Path], changes: Changes, machine: Machine
+) -> tuple[StudyFile, list[Cell]]:
     """Returns a study and its cells; nothing has run, and what would fail at once was refused.
 
     Args:
         file: The study file, or a run file.
         places: Data sets by name, see `fedpeft.studies.cells.cells_of`. The name "" is the study's only one.
         changes: Changes for once.
+        machine: The machine that is to hold the cells.
 
     Raises:
         ConfigInvalid: If the file, a change or a cell is wrong.
-        DataInvalid: If the data of a cell is not there, or cannot be divided so.
-        ModelInvalid: If there is no such model.
+        DataInvalid: If the data of a cell is not there, cannot be divided so, or does not fit the classes.
+        ModelInvalid: If there is no such model, or no such file of weights.
+        SettingsInvalid: If there is no such device.
     """
     study = load_study(file, changes.scale)
     fresh: dict[str, Any] = {"axes": {**study.axes, **changes.axes}}
@@ -51,5 +55,5 @@ def assembled(file: Path, places: Mapping[str, Path], changes: Changes) -> tuple
         fresh["seeds"] = tuple(changes.seeds)
     study = changed(study, fresh, file)
     cells = cells_of(study, study.named(places), override=changes.override, only=changes.only)
-    check_cells(cells)
+    check_cells(cells, machine)
     return study, cells

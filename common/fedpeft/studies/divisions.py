@@ -9,10 +9,10 @@ from typing import Any
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.config.simulation import DIVISION
 from fedpeft.data.partition_writer import file_names
-from fedpeft.errors import DataInvalid
 from fedpeft.models.tasks import Task, task_of
 from fedpeft.simulation import clients_of, reading_of
 from fedpeft.simulation.clients import Data, division_of, place_of
+from fedpeft.simulation.local_trainer import naming
 from fedpeft.studies.cells import Cell
 
 
@@ -29,7 +29,7 @@ class Divisions:
         """Returns all of a cell that decides how its data are divided."""
         config = cell.config
         said = (config.simulation or SimulationConfig()).model_dump_json(include=set(DIVISION))
-        return f"{_place(cell.train, config)} {config.simulation is None} {said} {cell.seed}"
+        return f"{place_key(cell.train, config)} {config.simulation is None} {said} {cell.seed}"
 
     def of(self, cell: Cell) -> Mapping[str, int]:
         """Returns the number of each client's examples, by its name.
@@ -45,7 +45,7 @@ class Divisions:
 
     def folders(self, cell: Cell) -> Mapping[str, Path]:
         """Returns the clients that are folders already, by name; none where one data set is divided. Raises as `of`."""
-        key = (*_place(cell.train, cell.config), cell.config.simulation is None)
+        key = (*place_key(cell.train, cell.config), cell.config.simulation is None)
         if key not in self._folders:
             clients, divided = clients_of(cell.train, cell.config)
             self._folders[key] = {
@@ -55,7 +55,7 @@ class Divisions:
 
     def source(self, path: Path, config: RunConfig) -> Data:
         """Returns a data set, opened as a simulation of the run does; raises `DataInvalid` if that cannot be."""
-        if (key := _place(path, config)) not in self._sources:
+        if (key := place_key(path, config)) not in self._sources:
             self._sources[key] = task_for(config).read(place_of(path, config))
         return self._sources[key]
 
@@ -74,15 +74,14 @@ def task_for(config: RunConfig) -> Task:
     return task_of(config.model.task).reading(reading_of(config))
 
 
-def _place(path: Path, config: RunConfig) -> tuple[Any, ...]:
+def place_key(path: Path, config: RunConfig) -> tuple[Any, ...]:
+    """Returns all of a run that decides how data are opened, and their place."""
     return path, config.model.task, reading_of(config)
 
 
 def _sizes_of(folders: Mapping[str, Path], config: RunConfig) -> dict[str, int]:
     task, sizes = task_for(config), {}
     for name, path in folders.items():
-        try:
+        with naming(name):
             sizes[name] = len(task.read(path))
-        except DataInvalid as error:
-            raise DataInvalid(f"client {name}: {error.message}") from None
     return sizes

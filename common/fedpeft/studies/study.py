@@ -121,9 +121,10 @@ def study(
 
     Raises:
         ConfigInvalid: If the file, or a cell, is wrong, or there is no such tracker; before anything runs.
-        DataInvalid: If the data of a cell is not there, or cannot be divided so.
+        DataInvalid: If the data of a cell is not there, cannot be divided so, or does not fit the classes.
         LocalError: If the library of a tracker is not installed.
-        SettingsInvalid: If an argument has a wrong type, or a number is not positive.
+        ModelInvalid: If there is no such model, or no such file of weights.
+        SettingsInvalid: If an argument has a wrong type, a number is not positive, or there is no such device.
         StateInvalid: If another study writes to `out`, or it cannot be written.
     """
     for name, number in (("threads", threads), ("jobs", 1 if jobs is None else jobs)):
@@ -142,8 +143,8 @@ def study(
         places = {name: path_of(path, f"data[{name!r}]") for name, path in data.items()}
     else:
         places = {"": path_of(data, "data")}
-    found, cells = assembled(path_of(file, "file"), places, changes)
     machine = Machine(device, threads, None if weights is None else path_of(weights, "weights"))
+    found, cells = assembled(path_of(file, "file"), places, changes, machine)
     folder = path_of(out, "out")
     trackers = CellTrackers(found.name, tracked, folder)
     ended = execute(

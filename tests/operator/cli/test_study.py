@@ -112,10 +112,11 @@ def test_cells_without_classes_have_those_of_their_training_data(tmp_path, capfd
 
 
 def test_a_study_with_a_failed_cell_ends_with_5_and_names_it(given, tmp_path, capfd):
-    grid = ["--grid", "model.weights=none,absent", "--only", "method=head"]
+    (tmp_path / "broken").write_bytes(b"no weights")
+    grid = ["--grid", f"model.weights=none,{tmp_path / 'broken'}", "--only", "method=head"]
     code, said, err = command(capfd, "run", *given, *grid, "--out", tmp_path / "out")
     assert code == 5 and "tiny: 1 cell of 2 with results" in said
-    assert re.search(r"^fedpeft: method=head, model.weights=absent, seed=7: .*absent", err, re.M)
+    assert re.search(r"^fedpeft: method=head, model.weights=.*-broken, seed=7: .*broken", err, re.M)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedpeft.errors import ConfigInvalid
+from fedpeft.config import RunConfig
+from fedpeft.config_errors import Fault
 from fedpeft.models.tasks import Batch
 from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome
 from fedpeft.simulation.engines.engine import AHEAD, ConcurrentEngine, engines
@@ -46,22 +47,26 @@ class _Client:
 class Batched(ConcurrentEngine):
     """Fills the places of a pass with jobs, and each place again as its client finishes.
 
-    Raises:
-        ConfigInvalid: If the run computes in another precision than float32, or hides single examples.
+    It computes in float32 alone, and has no gradients of single examples.
     """
 
     def __init__(self, trainer: LocalTrainer, workers: int | None = None) -> None:
         super().__init__(trainer, workers)
         self._places = workers or CLIENTS
         run = trainer.run
-        if precision(run.config.training.precision, run.device) is not torch.float32:
-            text = 'is "batched", which computes in float32; set training.precision = "float32", or take another engine'
-            raise ConfigInvalid(f"simulation.engine: {text}", (("simulation.engine", text),))
-        if run.config.privacy is not None and run.config.privacy.mechanism == "example":
-            text = 'is "batched", which has no gradients of single examples; privacy.mechanism is "example"'
-            raise ConfigInvalid(f"simulation.engine: {text}", (("simulation.engine", text),))
         self._gradients = StackedGradients(run.trained_task, run.model, run.device)
         self._at_work: list[_Client] = []
+
+    @classmethod
+    def misfit(cls, config: RunConfig, device: torch.device) -> Fault | None:
+        """See `Engine.misfit`."""
+        field, own = "simulation.engine", 'is "batched", which'
+        if precision(config.training.precision, device) is not torch.float32:
+            text = 'computes in float32; set training.precision = "float32", or take another engine'
+            return field, f"{own} {text}"
+        if config.privacy is not None and config.privacy.mechanism == "example":
+            return field, f'{own} has no gradients of single examples; privacy.mechanism is "example"'
+        return None
 
     @property
     def arithmetic(self) -> str:

@@ -8,6 +8,10 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
+import torch
+
+from fedpeft.config import RunConfig
+from fedpeft.config_errors import Fault
 from fedpeft.errors import ConfigInvalid
 from fedpeft.registry import Registry
 from fedpeft.rounds.local_job import LocalFailure, LocalJob, LocalOutcome
@@ -23,11 +27,21 @@ class Engine(ABC):
     Args:
         trainer: This process's trainer, which scores versions too; its `inputs` are what another process would load.
         workers: `[simulation] workers`; None if the run file leaves it to the engine.
+
+    Raises:
+        ConfigInvalid: If `misfit` finds a fault.
     """
 
     def __init__(self, trainer: LocalTrainer, workers: int | None = None) -> None:
+        if fault := self.misfit(trainer.run.config, trainer.run.device):
+            raise ConfigInvalid(": ".join(fault), (fault,))
         self.trainer = trainer
         self.workers = workers
+
+    @classmethod
+    def misfit(cls, config: RunConfig, device: torch.device) -> Fault | None:
+        """Returns a field of a run that the engine cannot compute here, and why; None, as here, if there is none."""
+        return None
 
     @property
     def arithmetic(self) -> str:

@@ -26,7 +26,9 @@ import structlog
 import torch
 
 from fedpeft import extensions
-from fedpeft.errors import ConfigInvalid, SettingsInvalid, TrainingFailed
+from fedpeft.config import RunConfig
+from fedpeft.config_errors import Fault
+from fedpeft.errors import SettingsInvalid, TrainingFailed
 from fedpeft.formatting import counted
 from fedpeft.rounds.local_job import LocalJob, LocalOutcome
 from fedpeft.simulation.engines.engine import AHEAD, ConcurrentEngine, engines
@@ -81,19 +83,12 @@ class _Worker:
 
 @engines.register("ray")
 class Ray(ConcurrentEngine):
-    """Hands jobs to actors as they become free; they are started as there are jobs for them.
-
-    Raises:
-        ConfigInvalid: If Ray is not installed.
-    """
+    """Hands jobs to actors as they become free; they are started as there are jobs for them."""
 
     def __init__(self, trainer: LocalTrainer, workers: int | None = None) -> None:
         super().__init__(trainer, workers)
-        try:
-            import ray
-        except ModuleNotFoundError as error:
-            text = f'is "ray", which needs {error.name}: pip install "fedpeft[ray]"'
-            raise ConfigInvalid(f"simulation.engine: {text}", (("simulation.engine", text),)) from None
+        import ray
+
         self._ray: Any = ray
         self._threads = torch.get_num_threads()
         self._count, self._gpus = 0, 0.0
@@ -105,6 +100,15 @@ class Ray(ConcurrentEngine):
         self._version: tuple[bytes, Any] | None = None
         self._is_ours = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def misfit(cls, config: RunConfig, device: torch.device) -> Fault | None:
+        """See `Engine.misfit`: Ray may not be installed."""
+        try:
+            import ray  # noqa: F401
+        except ModuleNotFoundError as error:
+            return "simulation.engine", f'is "ray", which needs {error.name}: pip install "fedpeft[ray]"'
+        return None
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -66,9 +66,9 @@ def run(
     from fedpeft.studies.results import load_results
     from fedpeft_operator.cli.study.progress import Progress
 
-    output.note("checking all cells ...")
-    study, cells = options.cells_for(file, data, scale, settings, seeds, grids, only)
     machine = options.machine_of(device, threads, weights, over_network=over_network)
+    output.note("checking all cells ...")
+    study, cells = options.cells_for(file, data, scale, settings, seeds, grids, only, machine)
     at_once = (jobs or 1) if over_network else cells_at_once(jobs, threads)
     progress, trackers = Progress(len(cells), at_once), CellTrackers(study.name, tuple(track), out)
     try:
@@ -116,8 +116,8 @@ def plan(
     from fedpeft.studies.plan import plan_of
     from fedpeft_operator.cli.study.plan_table import say_plan
 
-    study, cells = options.cells_for(file, data, scale, settings, seeds, grids, only)
     machine = options.machine_of(device, threads, weights)
+    study, cells = options.cells_for(file, data, scale, settings, seeds, grids, only, machine)
     planned = plan_of(cells, out, machine, lambda cell: output.note(f"timing {cell.label} ..."))
     say_plan(study.name, planned, cells_at_once(jobs, threads), as_json=as_json)
 

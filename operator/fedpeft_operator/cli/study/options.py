@@ -74,12 +74,12 @@ def cells_for(
     seeds: Sequence[int],
     grids: Sequence[str],
     only: Sequence[str],
+    machine: Machine,
 ) -> tuple[StudyFile, list[Cell]]:
-    """Reads a study, and returns it with all its cells, checked.
+    """Reads a study, and returns it with all its cells, checked; raises as `fedpeft.studies.assembly.assembled`.
 
     Raises:
-        ConfigInvalid: If the file, a flag or a cell is wrong.
-        DataInvalid: If the data of a cell is not there, or cannot be divided so.
+        SettingsInvalid: If a flag has another form.
     """
     from fedpeft.config.overrides import parse_overrides
     from fedpeft.studies.assembly import Changes, assembled
@@ -88,7 +88,8 @@ def cells_for(
     wanted: dict[str, list[str]] = {}
     for axis, points in map(_pair, only):
         wanted.setdefault(axis, []).extend(points.split(","))
-    return assembled(file, _places(data), Changes(scale, parse_overrides(settings), seeds, grid_axes(grids), wanted))
+    changes = Changes(scale, parse_overrides(settings), seeds, grid_axes(grids), wanted)
+    return assembled(file, _places(data), changes, machine)
 
 
 def machine_of(device: str, threads: int, weights: Path | None, *, over_network: bool = False) -> Machine:
