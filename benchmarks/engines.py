@@ -50,8 +50,9 @@ batch_size = 16
 [simulation]
 clients = {clients}
 engine = "{engine}"
-workers = {workers}
+{workers}
 """
+WORKERS = {"inprocess": "", "processes": "workers = 2", "batched": "workers = 4"}
 
 
 @dataclass
@@ -92,7 +93,7 @@ def measure(engine: str, threads: int, data: Path, args: argparse.Namespace, fou
     with tempfile.TemporaryDirectory() as folder:
         run, out = Path(folder) / "run.toml", Path(folder) / "out"
         sizes = {"side": SIDE, "depth": args.depth, "rounds": args.rounds, "clients": args.clients}
-        run.write_text(RUN_FILE.format(engine=engine, workers=4 if engine == "batched" else 2, **sizes))
+        run.write_text(RUN_FILE.format(engine=engine, workers=WORKERS[engine], **sizes))
         asked = ["simulate", str(run), "--data", str(data), "--out", str(out), "--threads", str(threads), "--json"]
         began, peak = time.perf_counter(), 0
         command = [sys.executable, "-m", "fedpeft_operator.app", *asked, "--device", "cpu"]

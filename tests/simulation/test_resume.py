@@ -14,9 +14,11 @@ import pyarrow as pa
 import pytest
 import torch
 
+from fedpeft.data import pixel_cache
+from fedpeft.data.sources.parquet import ParquetSource
 from fedpeft.errors import StateInvalid
 from fedpeft.process import durable
-from fedpeft.simulation import clients_of, local_trainer, simulate
+from fedpeft.simulation import clients_of, content, local_trainer, simulate
 from fedpeft.simulation.progress_log import ProgressLog
 
 from ..data.test_sources import table, write
@@ -192,7 +194,9 @@ def test_a_simulation_goes_on_where_its_data_lie_now_and_not_with_others(tmp_pat
         shutil.rmtree(there)
 
 
-def test_a_simulation_goes_on_with_parts_of_one_data_set_if_it_has_the_same_images(tmp_path):
+@pytest.mark.parametrize("whole_bytes", [content.WHOLE_BYTES, 0])
+def test_a_simulation_goes_on_with_parts_of_one_data_set_if_it_has_the_same_images(tmp_path, monkeypatch, whole_bytes):
+    monkeypatch.setattr(content, "WHOLE_BYTES", whole_bytes)
     simulated = config("head", rounds={"count": 2, "clients": 2, "seed": 3}, simulation={"clients": 2})
     write(tmp_path / "one.parquet", table(24))
     shutil.copy(tmp_path / "one.parquet", tmp_path / "moved.parquet")
@@ -203,6 +207,16 @@ def test_a_simulation_goes_on_with_parts_of_one_data_set_if_it_has_the_same_imag
         out = tmp_path / name
         stopped_after_one_round(out, clients_of(tmp_path / "one.parquet", simulated)[0])
         assert rounds_done(out, clients_of(tmp_path / f"{name}.parquet", simulated)[0]) == wanted, name
+
+
+def test_of_a_large_data_set_only_the_images_that_clients_have_are_read(tmp_path, monkeypatch):
+    read, real = set(), ParquetSource.image_bytes
+    monkeypatch.setattr(ParquetSource, "image_bytes", lambda self, row: read.add(row) or real(self, row))
+    monkeypatch.setattr(content, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(pixel_cache, "folder_here", lambda: None)
+    some = config("head", rounds={"count": 1, "clients": 2}, simulation={"clients": 2, "examples": 10})
+    simulate(some, clients_of(write(tmp_path / "whole.parquet", table(30)), some)[0], tmp_path / "out")
+    assert len(read) == 10
 
 
 def test_a_simulation_goes_on_only_under_an_engine_of_the_same_arithmetic(tmp_path, folders):
@@ -218,7 +232,7 @@ def test_a_simulation_goes_on_only_under_an_engine_of_the_same_arithmetic(tmp_pa
             config(simulation={"engine": "batched", "workers": 2}, **began), clients(folders), out, committed=killed
         )
     shutil.copytree(out, tmp_path / "kept")
-    for engine, workers, wanted in (("batched", 2, [2]), ("batched", 3, [1, 2]), ("inprocess", 2, [1, 2])):
+    for engine, workers, wanted in (("batched", 2, [2]), ("batched", 3, [1, 2]), ("inprocess", None, [1, 2])):
         shutil.rmtree(out)
         shutil.copytree(tmp_path / "kept", out)
         done = []

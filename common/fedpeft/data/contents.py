@@ -40,16 +40,25 @@ def images_digest(source: Source) -> str:
         DataInvalid: If they went away.
     """
     if source not in _images:
-        digest = hashlib.sha256()
-        for row in range(len(source)):
-            try:
-                data = source.image_bytes(row)
-            except ImageUnreadable:
-                data = b""  # as an image of no bytes: it has no pixels either
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-        _images[source] = digest.hexdigest()
+        _images[source] = rows_digest(source, range(len(source)))
     return _images[source]
+
+
+def rows_digest(source: Source, rows: Iterable[int]) -> str:
+    """Returns a SHA-256 of the images in some rows of a source, in their order, hexadecimal.
+
+    Raises:
+        DataInvalid: If they went away.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        try:
+            data = source.image_bytes(row)
+        except ImageUnreadable:
+            data = b""  # as an image of no bytes: it has no pixels either
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def known_digests(sources: Iterable[Source]) -> list[tuple[Source, str]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fedpeft import extensions
 from fedpeft.config import RunConfig
-from fedpeft.data.contents import digest_of, images_digest
+from fedpeft.data.contents import digest_of, images_digest, rows_digest
 from fedpeft.data.examples import Examples
 from fedpeft.data.sources.folders import FolderSource
 from fedpeft.data.sources.hub import local_path
@@ -31,6 +31,8 @@ from fedpeft.simulation.report import Json
 
 FORMAT = 2
 """Raised when equal content would give another result; so also when a default of the run file changes."""
+WHOLE_BYTES = 4 * 1024 * 1024 * 1024
+"""Images of a data set that are read whole for its name, once for all clients; of a larger one those that they have."""
 NAME_DIGITS = 16
 """Hexadecimal digits of a content's digest that name it."""
 
@@ -122,7 +124,9 @@ def _data_digest(data: Path | Data, config: RunConfig, digest: Callable[[Path], 
     if not isinstance(data, Examples):
         whole, rows = origin(data, np.arange(len(data)))
         values = rows.astype("<i8").tobytes()
-        of_images = images_digest(whole) if isinstance(whole, ParquetSource | FolderSource) else ""
+        if isinstance(whole, ParquetSource | FolderSource):
+            is_small = whole.image_bytes_total <= WHOLE_BYTES
+            of_images = images_digest(whole) if is_small else rows_digest(whole, rows.tolist())
     return _digest_of_json(
         {
             "images": of_images,
