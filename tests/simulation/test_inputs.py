@@ -148,9 +148,9 @@ def test_what_cannot_be_simulated_is_said_at_once(tmp_path, folders):
 
 
 def test_a_run_file_takes_only_one_scheme():
-    with pytest.raises(ConfigInvalid, match="partition natural needs column"):
+    with pytest.raises(ConfigInvalid, match=r"simulation\.column: partition natural needs it"):
         config(simulation={"partition": "natural"})
-    with pytest.raises(ConfigInvalid, match="column 'vendor' is for partition natural, not iid"):
+    with pytest.raises(ConfigInvalid, match=r"simulation\.column: is for partition natural, not iid"):
         config(simulation={"partition": "iid", "column": "vendor"})
 
 
