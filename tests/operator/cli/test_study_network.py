@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedpeft.data.client_folders import clients_in
+from fedpeft.data.partition_writer import write_parts
+from fedpeft.data.partitions import iid
 from fedpeft.errors import TrainingFailed
+from fedpeft.studies.cells import Machine, cells_of
+from fedpeft.studies.study_file import load_study
 from fedpeft.v1 import operator_service_pb2 as pb
 from fedpeft.v1 import run_pb2
 from fedpeft_operator.app import main
 from fedpeft_operator.cli.session import Session
-from fedpeft_operator.cli.study.network import completed, reported
+from fedpeft_operator.cli.study.network import Federation, completed, reported
 
 from ...studies.study_texts import STUDY, pets, study_file
 from ..operator_double import Double, a_round, a_run, serving
@@ -53,6 +58,23 @@ def test_a_cell_has_the_same_bits_and_scores_over_the_network_as_simulated(tmp_p
     for row in reports[0]["rounds"]:
         assert row["wire_bytes_up"] > row["payload_bytes_up"] > 0
     assert not (over / "network").exists()
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_clients_that_are_there_keep_their_data(tmp_path, index):
+    data, parts = pets(tmp_path / "pets") / "train.parquet", tmp_path / "parts"
+    write_parts(data, iid(30, 3, 0), parts, index=index)
+    study = load_study(study_file(tmp_path))
+    there, divided = (
+        Federation(cells_of(study, {"pets": place})[0], Machine("cpu"), tmp_path / "cell").clients()
+        for place in (parts, data)
+    )
+    assert there == ({name: data for name, data in clients_in(parts).items()}, None)
+    assert len(there[0]) == 3
+    assert sorted(divided[0].values()) == [
+        tmp_path / "cell" / "network" / "clients" / name for name in sorted(divided[0])
+    ]
+    assert divided[1]["rows"] == 30
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Cells of a study over a network: a real server and real agents on this machine, a process each.
 
-Every client has its part of the data in a folder of its own, as `fedpeft partition` writes it, and the evaluator the
-held-out examples. Rounds wait for all clients, as a simulation does, so the adapter has the bits of the simulation.
+Every client has its part of the data in a folder of its own, as `fedpeft partition` writes it, or had it before, and
+the evaluator has the held-out examples. Rounds wait for all clients, as a simulation does, so the adapter has the bits
+of the simulation.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from fedpeft.simulation.clients import division_of, division_record
 from fedpeft.simulation.local_trainer import HELD_OUT_SEED
 from fedpeft.studies.cell_process import in_log
 from fedpeft.studies.cells import Cell, Machine
+from fedpeft.studies.divisions import Divisions
 from fedpeft.studies.files import REPORT
 from fedpeft_operator.cli.run.commands import shown_run
 from fedpeft_operator.cli.run.create import created
@@ -47,10 +49,10 @@ LOOK_PAUSE_S = 0.5
 def run_cell_over_network(cell: Cell, machine: Machine, folder: Path, events: Connection) -> None:
     """Holds a cell's run with a server and agents; as `fedpeft.studies.cell_process.run_cell`."""
     with in_log(folder):
-        asyncio.run(_Federation(cell, machine, folder).hold(events))
+        asyncio.run(Federation(cell, machine, folder).hold(events))
 
 
-class _Federation:
+class Federation:
     """The federation of one cell."""
 
     def __init__(self, cell: Cell, machine: Machine, folder: Path) -> None:
@@ -64,17 +66,17 @@ class _Federation:
         """Holds the run, and leaves what a simulation leaves."""
         shutil.rmtree(self._place, ignore_errors=True)
         self._place.mkdir()
-        names, division = self._write_clients()
-        if taken := sorted({SERVER, EVALUATOR} & set(names)):
+        clients, division = self.clients()
+        if taken := sorted({SERVER, EVALUATOR} & clients.keys()):
             raise DataInvalid(f"a client is named {taken[0]!r}, like another process of the run; rename its data")
         threads = str(self._machine.threads)
         async with ProcessGroup(self._place / "logs", {"OMP_NUM_THREADS": threads}) as processes:
             session = Session((await serve(processes, self._place / "server"))[0], insecure=True)
-            for name in names:
-                self._start(processes, session, name, self._place / "clients" / name)
+            for name, data in clients.items():
+                self._start(processes, session, name, data)
             if self._cell.test is not None:
                 self._start(processes, session, EVALUATOR, self._held_out(self._cell.test), "--evaluate")
-            config = _for_all(self._cell.config, len(names))
+            config = _for_all(self._cell.config, len(clients))
             run = await first_of(created(session, config, self._machine.weights), processes.watch())
             await first_of(completed(session, run.id), processes.watch())
             report = await first_of(reported(session, run.id, scored=self._cell.test is not None), processes.watch())
@@ -85,14 +87,19 @@ class _Federation:
         durable.write_text(self._folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         shutil.rmtree(self._place, ignore_errors=True)
 
-    def _write_clients(self) -> tuple[list[str], dict[str, Any]]:
-        """Writes the data of each client; returns their names, and what the report says of the division."""
+    def clients(self) -> tuple[Mapping[str, Path], dict[str, Any] | None]:
+        """Returns the data of each client by name, and what the report says of the division.
+
+        Clients that are folders have them; of one data set that is divided, every part is written.
+        """
+        if folders := Divisions().folders(self._cell):
+            return folders, None
         source = open_source(self._cell.train, self._divided.image_column, self._divided.label_column)
         split = division_of(self._divided).of(source, self._cell.seed)
         image, label = self._divided.image_column, self._divided.label_column
         out = self._place / "clients"
         record = write_parts(self._cell.train, split, out, source=source, image=image, label=label)
-        return [each["name"] for each in record["clients"]], division_record(source, split)
+        return {each["name"]: out / each["name"] for each in record["clients"]}, division_record(source, split)
 
     def _held_out(self, path: Path) -> Path:
         """Returns the held-out data: all of it, or an index of so many examples."""
