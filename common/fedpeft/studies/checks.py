@@ -65,7 +65,8 @@ class _Checks:
             include={"rounds": True, "aggregation": True, "training": {"algorithm"}}, exclude={"rounds": {"seed"}}
         )
         if self._is_new("clients", self._divisions.key(cell), of_clients):
-            check_clients(config, dict.fromkeys(self._divisions.of(cell), cell.train))
+            clients = self._divisions.folders(cell) or self._divisions.of(cell)
+            check_clients(config, dict.fromkeys(clients, cell.train))
         self._check_training_data(cell)
         if cell.test is not None:
             self._check_held_out_data(cell.test, config)
@@ -92,10 +93,10 @@ class _Checks:
             DataInvalid: If a client's data cannot be read, or have classes that are not the run's, with the client.
         """
         config, folders = cell.config, self._divisions.folders(cell)
-        data = (*place_key(cell.train, config), _model(config))
+        data = (*place_key(cell.train, config), _fit(config))
         if data not in self._usable:
             self._usable[data] = _are_usable(folders, config) if folders else self._is_usable(cell)
-        if not self._usable[data] and self._is_new("parts", self._divisions.key(cell), _model(config)):
+        if not self._usable[data] and self._is_new("parts", self._divisions.key(cell), _fit(config)):
             task, source, empty = task_for(config), self._divisions.source(cell.train, config), _empty(config)
             for name, rows in self._divisions.parts(cell).items():
                 with naming(name):
@@ -112,7 +113,7 @@ class _Checks:
     def _check_held_out_data(self, path: Path, config: RunConfig) -> None:
         """Opens held-out data as a simulation does; raises `DataInvalid` as that does."""
         held_out = (config.simulation or SimulationConfig()).held_out
-        if not self._is_new("test", *place_key(path, config), _model(config), held_out):
+        if not self._is_new("test", *place_key(path, config), _fit(config), held_out):
             return
         task = task_for(config)
         try:
@@ -133,9 +134,9 @@ def _are_usable(folders: Mapping[str, Path], config: RunConfig) -> bool:
     return True
 
 
-def _model(config: RunConfig) -> str:
-    """Returns all of a run's model that decides which data it takes."""
-    return config.model.model_dump_json(exclude={"weights"})
+def _fit(config: RunConfig) -> str:
+    """Returns all of a run's model, beside the task, that decides which data it takes."""
+    return config.model.model_dump_json(include={"classes", "options"})
 
 
 def _empty(config: RunConfig) -> Backbone:
