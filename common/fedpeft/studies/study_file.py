@@ -205,9 +205,10 @@ def laid_over(table: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
     result = dict(table)
     for key, value in over.items():
         below = result.get(key)
-        if key == "run" or not (isinstance(value, Mapping) and isinstance(below, Mapping)):
-            tables = isinstance(value, Mapping) and isinstance(below, Mapping)
-            result[key] = merged(below or {}, value) if tables else value
+        if not (isinstance(value, Mapping) and isinstance(below, Mapping)):
+            result[key] = value
+        elif key == "run":
+            result[key] = merged(below, value)
         elif key == "axes":
             result[key] = {**below, **{axis: _points(below.get(axis, {}), of) for axis, of in value.items()}}
         else:
