@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 
+import pyarrow as pa
 import pytest
 
 from fedpeft.data.contents import digest_of, images_digest
 from fedpeft.data.sources.opening import open_source
+from fedpeft.data.sources.parquet_files import beside
 from fedpeft.errors import DataInvalid
 
 from .test_sources import table, write
@@ -56,3 +59,33 @@ def test_the_images_of_a_source_are_named_by_their_bytes_in_order(tmp_path):
     )
     digests = [images_digest(open_source(file)) for file in (here, there, other)]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_parquet_file_is_named_by_the_images_and_the_description_that_lie_beside_it_too(tmp_path):
+    def named(folder, image=b"a", classes=("cat", "dog")):
+        (tmp_path / folder / "images").mkdir(parents=True)
+        (tmp_path / folder / "images" / "0.png").write_bytes(image)
+        rows = [{"image": {"bytes": None, "path": "images/0.png"}}, {"image": {"bytes": b"b", "path": "1.png"}}, {}]
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        whole = pa.Table.from_pylist(rows, pa.schema([("image", kind)])).append_column("label", pa.array([0, 1, 0]))
+        write(tmp_path / folder / "data.parquet", whole)
+        if classes:
+            label = {"names": list(classes), "_type": "ClassLabel"}
+            (tmp_path / folder / "dataset_info.json").write_text(json.dumps({"features": {"label": label}}))
+        return digest_of(tmp_path / folder / "data.parquet")
+
+    first = named("first")
+    assert named("again") == first
+    others = [named("image", image=b"c"), named("classes", classes=("dog", "cat")), named("none", classes=())]
+    (tmp_path / "again" / "images" / "0.png").unlink()
+    assert len({first, *others, digest_of(tmp_path / "again" / "data.parquet")}) == 5
+    whole = digest_of(tmp_path / "first")
+    (tmp_path / "first" / "images" / "0.png").write_bytes(b"c")
+    assert digest_of(tmp_path / "first") != whole
+
+
+def test_a_file_that_is_no_parquet_is_named_by_its_bytes_whatever_it_is_called(tmp_path):
+    (tmp_path / "one.parquet").write_bytes(b"text")
+    (tmp_path / "two").write_bytes(b"text")
+    assert beside(tmp_path / "one.parquet") == []
+    assert digest_of(tmp_path / "one.parquet") == digest_of(tmp_path / "two")

@@ -244,8 +244,16 @@ def test_a_simulation_goes_on_only_under_an_engine_of_the_same_arithmetic(tmp_pa
 def test_progress_that_cannot_be_read_is_said_and_the_simulation_begins_anew(tmp_path, folders, capsys):
     stopped_after_one_round(tmp_path, clients(folders))
     file = tmp_path / "unfinished" / "progress.jsonl"
-    file.write_bytes(b"\0" * 10 + file.read_bytes())
-    assert rounds_done(tmp_path, clients(folders)) == [1, 2] and "it begins anew" in capsys.readouterr().out
+    whole, other = file.read_bytes(), tmp_path / "other"
+    shutil.copytree(tmp_path, other)
+    figure = whole.replace(b'"train_loss": ', b'"train_loss": 1')
+    swapped = b"\n".join([*whole.splitlines()[::-1], b""])
+    for damaged in (b"\0" * 10 + whole, figure, swapped, whole.replace(b'"memory"', b'"memoir"')):
+        assert damaged != whole
+        (other / "unfinished" / "progress.jsonl").write_bytes(damaged)
+        again = shutil.copytree(other, tmp_path / "again")
+        assert rounds_done(again, clients(folders)) == [1, 2] and "it begins anew" in capsys.readouterr().out
+        shutil.rmtree(again)
 
 
 def test_a_round_counts_only_once_all_that_the_next_one_needs_is_on_the_disk(tmp_path, folders, monkeypatch):

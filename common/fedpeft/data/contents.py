@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 from glob import glob
 from pathlib import Path
 
+from fedpeft.data.sources.file_names import PARQUET_SUFFIXES, suffix_of
 from fedpeft.data.sources.interface import ImageUnreadable, Source
+from fedpeft.data.sources.parquet_files import beside
 from fedpeft.errors import DataInvalid
 
 _images: weakref.WeakKeyDictionary[Source, str] = weakref.WeakKeyDictionary()
@@ -17,6 +19,8 @@ _images: weakref.WeakKeyDictionary[Source, str] = weakref.WeakKeyDictionary()
 
 def digest_of(path: Path) -> str:
     """Returns a SHA-256 of a file, or of all files of a folder, or of a pattern's, with their names, hexadecimal.
+
+    With a parquet file go the files apart from it that its rows name, and the description of its columns.
 
     Raises:
         DataInvalid: If it cannot be read.
@@ -26,11 +30,20 @@ def digest_of(path: Path) -> str:
         root, files = _files_at(path)
         for file in files:
             digest.update(os.fsencode(f"{file.relative_to(root)}\0{file.stat().st_size}\0"))
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(_sha256(file))
+            if suffix_of(file.name) in PARQUET_SUFFIXES:
+                for other in beside(file):
+                    if not (path.is_dir() and other.is_relative_to(root)):  # that is one of the folder's files
+                        digest.update(os.fsencode(f"{os.path.relpath(other, file.parent)}\0"))
+                        digest.update(_sha256(other) if other.is_file() else b"")
     except OSError as error:
         raise DataInvalid(f"cannot read {error.filename or path}: {error.strerror}") from None
     return digest.hexdigest()
+
+
+def _sha256(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def images_digest(source: Source) -> str:

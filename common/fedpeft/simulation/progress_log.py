@@ -4,12 +4,14 @@
     OUT/unfinished/...              what the next round needs: see `Versions` and `ClientMemory`
 
 A line is what a round changed, so resuming is a fold over the lines, and a round costs the same however many there
-were. A line is durable, and so is all that it names before it is written. A round counts once its line is whole: what a
-killed process left of the next round is begun again, to the same bits. The folder is removed when the simulation ends.
+were. Before it stands a digest of all lines so far, so that one that was changed is none. A line is durable, and so is
+all that it names before it is written. A round counts once its line is whole: what a killed process left of the next
+round is begun again, to the same bits. The folder is removed when the simulation ends.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -24,7 +26,7 @@ from fedpeft.simulation.report import Json
 UNFINISHED = "unfinished"
 PROGRESS = "progress.jsonl"
 MEMORY = "memory"
-FORMAT = 3
+FORMAT = 4
 """Raised when a line, or a file beside it, means something else than before."""
 
 log = structlog.get_logger(__name__)
@@ -49,7 +51,7 @@ class ProgressLog:
         self.rounds: list[Json] = []
         self._file = folder / PROGRESS
         self._identity = json.loads(json.dumps({"lines": FORMAT, **identity}))
-        lines = _whole_lines(self._file)
+        lines, self._digest = _whole_lines(self._file)
         if lines and lines[0].pop("identity", None) == self._identity:
             self.begun, *self.rounds = lines
             log.info("simulation goes on where it was", after_round=len(self.rounds))
@@ -57,6 +59,7 @@ class ProgressLog:
         if lines:
             log.warning("another simulation was not finished here: what it left is removed", rounds=len(lines) - 1)
         self.clear()
+        self._digest = ""
         folder.mkdir()
 
     def begin(self, line: Json) -> None:
@@ -74,22 +77,36 @@ class ProgressLog:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _append(self, line: Json) -> None:
-        durable.append(self._file, f"{json.dumps(line)}\n".encode())
+        text = json.dumps(line)
+        self._digest = _digest(self._digest, text)
+        durable.append(self._file, f"{self._digest} {text}\n".encode("ascii"))
         durable.sync(self._file)
 
 
-def _whole_lines(file: Path) -> list[Json]:
-    """Returns the lines that were written to their end, and cuts off what was not."""
+def _digest(before: str, text: str) -> str:
+    """Returns the SHA-256 that stands before a line, hexadecimal, from that of the line before it."""
+    return hashlib.sha256(f"{before} {text}".encode("ascii")).hexdigest()
+
+
+def _whole_lines(file: Path) -> tuple[list[Json], str]:
+    """Returns the lines that were written to their end, and the last one's digest; cuts off what was not."""
     try:
         data = file.read_bytes()
     except FileNotFoundError:
-        return []
+        return [], ""
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         with file.open("r+b") as stream:
             stream.truncate(len(whole))
+    lines, last = [], ""
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        for number, line in enumerate(whole.decode("ascii").splitlines(), 1):
+            digest, _, text = line.partition(" ")
+            last = _digest(last, text)
+            if digest != last:
+                raise ValueError(f"line {number} is not what was written")
+            lines.append(json.loads(text))
     except ValueError as error:
         log.warning("progress of a simulation cannot be read: it begins anew", file=str(file), cause=str(error))
-        return []
+        return [], ""
+    return lines, last

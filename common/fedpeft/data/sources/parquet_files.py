@@ -74,6 +74,40 @@ class ParquetFiles:
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
 
+def beside(path: Path) -> list[Path]:
+    """Returns the files that lie apart from a parquet file and are read with it: its description, images by their path.
+
+    They need not be there; a file that is no parquet has none.
+    """
+    try:
+        with arrow_path(path) as place, pq.ParquetFile(place, memory_map=True) as file:
+            named = _named_images(file)
+            about = file.schema_arrow.metadata or {}
+    except (pa.ArrowException, OSError):
+        return []
+    info = path.parent / INFO
+    described_there = [info] if b"huggingface" not in about and info.is_file() else []
+    return [*described_there, *(path.parent / name for name in sorted(named))]
+
+
+def _named_images(file: pq.ParquetFile) -> set[str]:
+    """Returns the paths of images whose rows have no bytes of them; row groups without such rows are not read."""
+    leaves = {file.metadata.schema.column(k).path: k for k in range(file.metadata.num_columns)}
+    found: set[str] = set()
+    for column in (leaf.removesuffix(".bytes") for leaf in leaves if leaf.endswith(".bytes")):
+        if f"{column}.path" not in leaves:
+            continue
+        for number in range(file.metadata.num_row_groups):
+            statistics = file.metadata.row_group(number).column(leaves[f"{column}.bytes"]).statistics
+            if statistics is not None and statistics.has_null_count and statistics.null_count == 0:
+                continue
+            images = file.read_row_group(number, [f"{column}.bytes", f"{column}.path"]).column(0)
+            for chunk in images.chunks:
+                paths = chunk.field("path").filter(chunk.field("bytes").is_null())
+                found.update(name for name in paths.to_pylist() if name)
+    return found
+
+
 def _metadata(path: Path) -> pq.FileMetaData:
     try:
         with arrow_path(path) as place:
