@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from fedpeft.config import load_run_file
@@ -186,3 +187,17 @@ def test_a_limit_of_pixels_is_followed(tmp_path):
     settings = config(simulation={"clients": 3, "max_image_pixels": 15})
     with pytest.raises(DataInvalid, match="4 x 4 pixels, more than 15 pixels; --max-image-pixels"):
         simulate(settings, clients_of(whole, settings)[0], tmp_path / "out")
+
+
+def test_one_damaged_image_of_a_large_data_set_does_not_end_the_simulation_at_its_client(tmp_path):
+    whole = table(120)
+    images = whole.column("image").to_pylist()
+    images[3]["bytes"] = b"no image"
+    damaged = whole.set_column(0, whole.schema.field("image"), pa.array(images, whole.schema.field("image").type))
+    data = write(tmp_path / "whole.parquet", damaged)
+    run = config("head", rounds={"count": 1, "clients": 10}, simulation={"clients": 10})
+    (row,) = simulate(run, clients_of(data, run)[0], tmp_path / "out")["rounds"]
+    assert sorted(ticket["examples"] for ticket in row["tickets"]) == [11, *[12] * 9]
+    alone = config("head", rounds={"count": 1, "clients": 120}, simulation={"clients": 120})
+    with pytest.raises(DataInvalid, match=r"none of 1 image can be read, the first: whole\.parquet row 3"):
+        simulate(alone, clients_of(data, alone)[0], tmp_path / "alone")

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from fedpeft.data.labels import map_labels, read_label_map
-from fedpeft.data.sources.interface import Indices, Source, too_many_unreadable
+from fedpeft.data.sources.interface import Indices, Source, origin, too_many_unreadable
 from fedpeft.data.sources.opening import open_source
 from fedpeft.data.store import CACHE_BYTES, PixelStore
 from fedpeft.data.transforms import ImageUnreadable, Pixels, Preprocessing
 from fedpeft.errors import DataInvalid
+from fedpeft.formatting import counted
 
 _NAMED = 5
 
@@ -112,7 +113,8 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
             orders: The positions, int64[n] each. Iterated twice at once, so no generator, but it may be lazy.
 
         Raises:
-            DataInvalid: As soon as more than 1 % of the data set is known to be unreadable; the first are named.
+            DataInvalid: As soon as more than 1 % of the data set, or of the one that it is a part of, is known to be
+                unreadable, or all of it; the first are named.
         """
         self._store.prepare(self.rows)
         self._check_unreadable()
@@ -126,7 +128,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
         return np.isin(self.rows, np.fromiter(self._store.unreadable, np.int64))
 
     def _check_unreadable(self) -> None:
-        if fault := too_many_unreadable(len(self) - self.examples, len(self)):
+        if fault := _unreadable_fault(self._store.source, len(self) - self.examples, len(self)):
             raise _unreadable(fault, list(self.unreadable.items()))
 
 
@@ -186,10 +188,21 @@ def dataset_of(
     mapped = map_labels(source.class_names, source.labels, classes, renamed)
     known = source.unreadable
     bad = [row for row in map(int, mapped.rows) if row in known] if known else []
-    if fault := too_many_unreadable(len(bad), mapped.examples):
+    if fault := _unreadable_fault(source, len(bad), mapped.examples):
         raise _unreadable(fault, [(source.name(row), known[row]) for row in bad[:_NAMED]])
     store = PixelStore(source, preprocessing, cache_bytes, workers, pixel_cache)
     return ImageDataset(store, mapped.rows, mapped.labels, classes)
+
+
+def _unreadable_fault(source: Source, unreadable: int, images: int) -> str:
+    """Returns a sentence if too many images cannot be read; else an empty text.
+
+    What a part may lack is measured by the whole: one damaged file would end a simulation when its client is sampled.
+    """
+    if 0 < images == unreadable:
+        return f"none of {counted(images, 'image')} can be read"
+    whole, _ = origin(source, np.empty(0, np.int64))
+    return too_many_unreadable(unreadable, max(images, len(whole)))
 
 
 def _unreadable(fault: str, named: Sequence[tuple[str, str]]) -> DataInvalid:
