@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from fedpeft.formatting import counted
+
 Fault = tuple[str, str]
 """Dotted path of a field, as TOML writes it, and a sentence about it."""
 
@@ -41,6 +43,8 @@ def faults_of(error: ValidationError, data: Any, below: str = "", whole: str = "
     """
     found: dict[str, list[str]] = {}
     for fault in error.errors(include_url=False):
+        if fault["type"] == "too_short" and len(fault["input"]) >= fault["ctx"]["min_length"]:
+            continue  # items that are wrong, each of them a fault, are not counted
         parts = ([below] if below else []) + [_quoted(part) for part in _way(data, fault)]
         if fault["type"] == _NESTED:
             for key, text in fault["ctx"]["faults"]:
@@ -130,6 +134,8 @@ def _way(data: Any, fault: ErrorDetails) -> list[str]:
 
 
 def _sentence(fault: ErrorDetails) -> str:
+    if fault["type"] == "too_short":
+        return f"should have at least {counted(fault['ctx']['min_length'], 'item')}"
     message = _WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     value = fault["input"]
     if fault["type"] in ("missing", "value_error") or not isinstance(value, int | float | str):

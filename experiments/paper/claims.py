@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpeft.process.start import to_the_end
 from fedpeft.studies.results import CellResult, Estimate, Group, StudyResult, accuracy_within, difference, load_results
 
 PEFT = ("bias", "adapter", "prompt")
@@ -148,4 +149,5 @@ def main(results: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with to_the_end("claims.py"):
+        main(Path(sys.argv[1]))

@@ -216,3 +216,16 @@ def test_a_field_that_was_overridden_is_no_fault_of_a_line(file: Path) -> None:
     assert lines[2] == f"set in place of {file}'s: rounds.cuont: is not a known key (got 3)"
     with pytest.raises(ConfigInvalid, match=r"^set in place of"), faults_in(file, {"peft": {"method": "lora"}}):
         raise ConfigInvalid("peft.method: no place", (("peft.method", "no place"),))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fault"),
+    [
+        ([0], "simulation.ranks.0: Input should be greater than or equal to 1 (got 0)"),
+        ([], "simulation.ranks: should have at least 1 item"),
+    ],
+)
+def test_wrong_items_are_named_alone_and_a_list_without_any_is_said_to_lack_them(ranks: list[int], fault: str) -> None:
+    with pytest.raises(ConfigInvalid) as caught:
+        parse_config({**GOOD, "simulation": {"ranks": ranks}})
+    assert str(caught.value) == fault

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from fedpeft.errors import StateInvalid
-from fedpeft.simulation import check_folder, simulate
+from fedpeft.errors import SettingsInvalid, StateInvalid
+from fedpeft.simulation import check_apart, check_folder, simulate
 
+from ..data.test_sources import table, write
 from .simulated_runs import clients, config
 from .test_resume import TWO_ROUNDS, stopped_after_one_round
 
@@ -39,6 +41,22 @@ def test_what_is_foreign_is_named_and_not_touched(tmp_path, folders, foreign, na
     with pytest.raises(StateInvalid, match=f"{named}, .*: move it away, or name another folder"):
         simulate(TWO_ROUNDS, clients(folders), out)
     assert content(out) == before
+
+
+def test_results_do_not_lie_among_data_nor_among_a_study_s(tmp_path, folders):
+    photos = tmp_path / "photos"
+    (photos / "cat").mkdir(parents=True)
+    for out in (photos, photos / "out", photos / "cat" / ".." / "out"):
+        with pytest.raises(SettingsInvalid, match=r"is in the data .*photos, and would be read as data"):
+            check_apart(out, [None, photos])
+        with pytest.raises(SettingsInvalid):
+            check_apart(out, [Path("text:") / photos, Path(f"text:{photos}")])
+    check_apart(tmp_path / "photos-out", [photos])
+    write(photos / "train.parquet", table(6))
+    check_apart(photos / "out", [photos, photos / "train.parquet"])
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(StateInvalid, match="has the results of a study"):
+        simulate(TWO_ROUNDS, clients(folders), tmp_path)
 
 
 def test_no_state_in_which_a_kill_leaves_a_simulation_is_foreign(tmp_path, folders):

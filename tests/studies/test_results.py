@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from fedpeft.errors import SettingsInvalid
+from fedpeft.studies.report import write_report
 from fedpeft.studies.report.figures import figures_of
 from fedpeft.studies.report.tables import tables_of
 from fedpeft.studies.results import (
@@ -85,6 +87,8 @@ def test_a_mean_curve_leaves_out_versions_that_a_seed_did_not_score():
     assert [(version, moved) for version, moved, _ in curve] == [(0, 0), (1, 200)]
     assert [found.mean for _, _, found in curve] == pytest.approx([0.2, 0.4])
     assert Group({}, cells, 0).by_seed("accuracy") == {0: 0.25, 1: 0.9}
+    with pytest.raises(SettingsInvalid, match="there is no figure 'acc'; there are: accuracy, loss"):
+        Group({}, cells, 0).by_seed("acc")
 
 
 def test_a_version_is_drawn_at_its_number_whichever_others_were_scored():
@@ -111,3 +115,16 @@ def test_a_report_without_distances_is_one_of_which_none_are_said():
     cells = tuple(CellResult(str(k), {"run": "ab"[k]}, 0, "", reports[k], "") for k in (0, 1))
     tables = {table.name: table for table in tables_of(StudyResult(Path(), about, cells))}
     assert [row[0] for row in tables["distances"].rows] == ["a", "b"]
+
+
+def test_held_out_images_that_cells_trained_on_are_said_once_for_all_cells(tmp_path):
+    overlaps = (None, {"images": 0, "held_out": 9}, {"images": 2, "held_out": 9}, {"images": 4, "held_out": 8})
+    cells = tuple(CellResult(str(k), {}, k, "", {**REPORT, "overlap": each}, "") for k, each in enumerate(overlaps))
+    about = {"name": "n", "title": "t", "question": "", "target": None, "budgets_bytes": [], "axes": {}}
+    some = StudyResult(tmp_path, about, cells)
+    assert some.overlap.startswith(
+        "in 2 cells of 4 held-out images are among the training images, with the same bytes, 4 of 8"
+    )
+    assert StudyResult(tmp_path, about, cells[:2]).overlap == ""
+    page = next(path for path in write_report(some, tmp_path) if path.suffix == ".html").read_text()
+    assert "In 2 cells of 4 held-out images are among" in page

@@ -250,8 +250,8 @@ def simulate(
         DataInvalid: If a client's data, or the held-out data, cannot be used, or no run can have their classes.
         LocalError: If the library of a tracker is not installed.
         ModelInvalid: If the model or its weights cannot be had.
-        SettingsInvalid: If an argument that names a place is no path, or `track` no list of texts.
-        StateInvalid: If `out` cannot be written, or another simulation writes there.
+        SettingsInvalid: If an argument that names a place is no path, `track` no list of texts, or `out` in the data.
+        StateInvalid: If `out` cannot be written, another simulation writes there, or it has a study's results.
     """
     from fedpeft import simulation
     from fedpeft.tracking import tracking_to
@@ -259,6 +259,7 @@ def simulate(
     renamed = None if label_map is None else path_of(label_map, "label_map")
     given = _GivenData(data, image_column, label_column, renamed)
     config, folder = configured(run, given.classes), path_of(out, "out")
+    simulation.check_apart(folder, [*given.paths, Path(evaluate) if isinstance(evaluate, str) else evaluate])
     tracking = tracking_to(list_of(track, "track", str, "texts"), folder)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
     clients, partition = given.clients(config, reading)
@@ -313,6 +314,11 @@ class _GivenData:
             return classes_there(opened[0], *columns, renamed)
         sources = (open_source(each, *columns) if isinstance(each, Path) else each for each in opened)
         return classes_of(sources, "data", renamed)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Those that are given by their path."""
+        return [Path(each) for each in self._data.values() if isinstance(each, str | Path)]
 
     def clients(
         self, config: RunConfig, reading: Reading

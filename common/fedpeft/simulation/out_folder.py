@@ -8,24 +8,49 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from fedpeft.errors import StateInvalid
+from fedpeft.data.sources.opening import parquet_files
+from fedpeft.errors import SettingsInvalid, StateInvalid
+from fedpeft.models.tasks import split_data
 from fedpeft.simulation.progress_log import MEMORY, PROGRESS, UNFINISHED
 from fedpeft.simulation.versions import KEPT
 
 REPORT = "report.json"
+STUDY = "study.json"
+"""In the folder of a study's results, see `fedpeft.studies.files`."""
 
 _REPORTED = frozenset({"run", "rounds", "facts"})
 """Keys that the report of every simulation has; `facts` is in no other's."""
+
+
+def check_apart(out: Path, data: Iterable[object]) -> None:
+    """Checks that results do not lie among data that is read by folder: they would be read as data.
+
+    Args:
+        out: Folder of the results.
+        data: Paths of data; other values are none.
+
+    Raises:
+        SettingsInvalid: If it is such a folder, or in one. One of parquet files may have other folders in it.
+    """
+    for each in data:
+        folder = Path(split_data(str(each))[1]) if isinstance(each, Path) else None
+        if folder is None or not folder.is_dir() or not out.resolve().is_relative_to(folder.resolve()):
+            continue
+        if out.resolve() == folder.resolve() or not parquet_files(folder):
+            raise SettingsInvalid(f"{out} is in the data {folder}, and would be read as data: name a folder elsewhere")
 
 
 def check_folder(out: Path) -> None:
     """Checks that nothing in the folder would be lost but what a simulation left there.
 
     Raises:
-        StateInvalid: If `unfinished` or report.json is not a simulation's; nothing is touched.
+        StateInvalid: If `unfinished` or report.json is not a simulation's, or it is a study's; nothing is touched.
     """
+    if (out / STUDY).exists():
+        raise StateInvalid(f"{out} has the results of a study, among which a simulation's would be lost; name another")
     for name, foreign in ((REPORT, _foreign_report(out)), (UNFINISHED, _foreign_unfinished(out))):
         if foreign:
             raise StateInvalid(

@@ -23,6 +23,7 @@ import structlog
 import fedpeft
 from fedpeft.errors import DataInvalid
 from fedpeft.process import durable, locks
+from fedpeft.simulation.out_folder import check_apart
 from fedpeft.studies.cell_process import in_environment, run_cell
 from fedpeft.studies.cells import Cell, Machine, content_digest
 from fedpeft.studies.files import CELL, CELLS, FAILURE, LOG, REPORT, STUDY
@@ -118,10 +119,12 @@ def execute(
         The end of every cell, in the order of the cells.
 
     Raises:
+        SettingsInvalid: If that folder is in the data.
         StateInvalid: If another study writes there, or it cannot be written.
         DiskFull: If there is no room; the same study goes on where it was.
         DataInvalid: If data cannot be read.
     """
+    check_apart(out, {path for cell in cells for path in (cell.train, cell.test)})
     with durable.refusals(f"writing {out}"):
         (out / CELLS).mkdir(parents=True, exist_ok=True)
     with locks.results(out, "study"):

@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from fedpeft.config import RunConfig
-from fedpeft.errors import DataInvalid
+from fedpeft.errors import DataInvalid, SettingsInvalid
+from fedpeft.formatting import counted
 from fedpeft.rounds import record
 from fedpeft.studies.files import CELLS, FAILURE, RECORDS, REPORT, STUDY
 
@@ -172,7 +173,13 @@ class Group:
         return ", ".join(self.points.values()) or "all"
 
     def by_seed(self, figure: str) -> dict[int, float]:
-        """Returns the newest version's figure, accuracy or loss, by seed; without those that have none."""
+        """Returns the newest version's figure, accuracy or loss, by seed; without those that have none.
+
+        Raises:
+            SettingsInvalid: If it is another figure.
+        """
+        if figure not in ("accuracy", "loss"):
+            raise SettingsInvalid(f"there is no figure {figure!r}; there are: accuracy, loss")
         found = {cell.seed: getattr(cell.curve[-1], figure) for cell in self.cells}
         return {seed: value for seed, value in found.items() if value is not None}
 
@@ -211,6 +218,20 @@ class StudyResult:
             Group(cells[0].points, with_report := tuple(c for c in cells if c.report), len(cells) - len(with_report))
             for cells in found.values()
         ]
+
+    @property
+    def overlap(self) -> str:
+        """A sentence about held-out images that cells trained on; empty if there are none."""
+        reports = [cell.report for cell in self.cells if cell.report]
+        found = [each for report in reports if (each := report.get("overlap")) and each["images"]]
+        if not found:
+            return ""
+        most = max(found, key=lambda each: int(each["images"]))
+        return (
+            f"in {counted(len(found), 'cell')} of {len(self.cells):,} held-out images are among the training images, "
+            f"with the same bytes, {most['images']:,} of {most['held_out']:,} at most; accuracy on these does not say "
+            "how new images fare"
+        )
 
 
 COMPLETED = "completed"
@@ -260,6 +281,11 @@ class _Distances(BaseModel):
     added: float
 
 
+class _Overlap(BaseModel):
+    images: int
+    held_out: int
+
+
 class _Report(BaseModel):
     """Parts of a report that tables and figures are made of; a run of a server may lack figures of version 0."""
 
@@ -271,6 +297,7 @@ class _Report(BaseModel):
     facts: dict[str, str] = {}
     partition: _Partition | None = None
     squared_distances: _Distances | None = None
+    overlap: _Overlap | None = None
 
 
 class _Cell(BaseModel):

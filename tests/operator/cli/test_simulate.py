@@ -109,6 +109,16 @@ def test_modules_that_are_named_are_imported_first(tmp_path, capfd):
     assert said == "fedpeft: --import no_such_module: ModuleNotFoundError: No module named 'no_such_module'"
 
 
+def test_results_do_not_lie_in_the_data(tmp_path, capfd):
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "0.png").write_bytes(png(0))
+    out = tmp_path / "photos" / "out"
+    said = refused(capfd, tmp_path / "run.toml", "--data", tmp_path / "photos", "--out", out)
+    assert said.endswith("photos, and would be read as data: name a folder elsewhere")
+    assert not out.exists()
+
+
 def test_what_is_noticed_in_the_data_does_not_stand_before_the_report(tmp_path, capfd):
     for label in ("cat", "dog"):
         for site in ("north", "south"):

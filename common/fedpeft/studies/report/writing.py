@@ -40,6 +40,7 @@ def write_report(study: StudyResult, out: Path) -> list[Path]:
     page = made.from_string(template).render(
         about=study.about,
         cells=study.cells,
+        overlap=study.overlap,
         failed=[cell for cell in study.cells if not cell.report],
         most=MOST_ROWS,
         tables=tables,

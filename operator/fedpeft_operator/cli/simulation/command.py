@@ -67,6 +67,7 @@ def simulate(
     from fedpeft import simulation
     from fedpeft.tracking import tracking_to
 
+    simulation.check_apart(out, (data, evaluate))
     simulation.check_folder(out)
     _set_up(threads)
     tracking = tracking_to(track, out)

@@ -80,7 +80,10 @@ def run(
     for tracker, rounds in missed.items():
         what, them = (formatting.counted(rounds, "round"), "them") if rounds else ("the end of a cell", "it")
         output.note(f"fedpeft: {tracker} misses {what}; the same command writes {them}")
-    files = write_report(load_results(out), out / "report")
+    results = load_results(out)
+    files = write_report(results, out / "report")
+    if results.overlap:
+        output.note(f"fedpeft: {results.overlap}")
     failed = [done for done in ended if done.failure]
     output.say(f"{study.name}: {formatting.counted(len(cells) - len(failed), 'cell')} of {len(cells)} with results")
     output.say(f"report: {files[0]}")
