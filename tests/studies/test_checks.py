@@ -15,11 +15,15 @@ from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.partitions import iid
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import ConfigInvalid, DataInvalid, FedpeftError, ModelInvalid, SettingsInvalid
+from fedpeft.models.tasks import tasks
 from fedpeft.models.tasks.image_classification import ImageClassification
 from fedpeft.studies.cells import Cell, Machine, cells_of
 from fedpeft.studies.checks import check_cells
+from fedpeft.studies.divisions import Divisions
 from fedpeft.studies.study_file import load_study
 
+from ..algorithms.quadratic import Quadratic, run_file
+from ..outside_package import looked_up_anew
 from .study_texts import STUDY, pets, study_file
 
 CPU = Machine("cpu")
@@ -167,3 +171,30 @@ def test_held_out_data_that_cannot_be_used_are_refused(tmp_path):
     found[0].test.write_bytes(b"no parquet")
     with pytest.raises(FedpeftError, match=r"seed=0: evaluation data .*test.parquet"):
         check_cells(found, CPU)
+
+
+def test_clients_of_another_task_are_folders_until_the_run_says_how_one_data_set_is_divided(tmp_path):
+    for place in (tmp_path, tmp_path / "north", tmp_path / "south"):
+        place.mkdir(exist_ok=True)
+        (place / "examples.txt").write_text("1 0 0\n" * (4 if place == tmp_path else 2))
+    settings = (None, {"held_out": 3}, {"clients": 3}, {"clients": 2})
+    found = [
+        Cell(
+            {"k": str(k)},
+            run_file(rounds={"clients": 2}, **({"simulation": said} if said else {})),
+            "d",
+            tmp_path,
+            None,
+        )
+        for k, said in enumerate(settings)
+    ]
+    with looked_up_anew(tasks):
+        tasks.register("quadratic")(Quadratic)
+        for cells in (found, found[::-1]):
+            check_cells(cells, CPU)
+            divisions = Divisions()
+            sizes = {cell.points["k"]: sorted(divisions.of(cell).values()) for cell in cells}
+            assert sizes == {"0": [2, 2], "1": [2, 2], "2": [1, 1, 2], "3": [2, 2]}
+            assert [bool(divisions.folders(cell)) for cell in found] == [True, True, False, False]
+        (tmp_path / "south" / "examples.txt").unlink()
+        check_cells(found[2:], CPU)

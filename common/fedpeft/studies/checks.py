@@ -93,7 +93,7 @@ class _Checks:
             DataInvalid: If a client's data cannot be read, or have classes that are not the run's, with the client.
         """
         config, folders = cell.config, self._divisions.folders(cell)
-        data = (*place_key(cell.train, config), _fit(config))
+        data = (bool(folders), *place_key(cell.train, config), _fit(config))
         if data not in self._usable:
             self._usable[data] = _are_usable(folders, config) if folders else self._is_usable(cell)
         if not self._usable[data] and self._is_new("parts", self._divisions.key(cell), _fit(config)):

@@ -29,7 +29,7 @@ class Divisions:
         """Returns all of a cell that decides how its data are divided."""
         config = cell.config
         said = (config.simulation or SimulationConfig()).model_dump_json(include=set(DIVISION))
-        return f"{place_key(cell.train, config)} {config.simulation is None} {said} {cell.seed}"
+        return f"{_kind(cell)} {said} {cell.seed}"
 
     def of(self, cell: Cell) -> Mapping[str, int]:
         """Returns the number of each client's examples, by its name.
@@ -38,15 +38,14 @@ class Divisions:
             DataInvalid: If the data cannot be read, or not be divided so.
             ConfigInvalid: If there is one data set and no `[simulation]`.
         """
-        if (key := self.key(cell)) not in self._sizes:
-            folders = self.folders(cell)
+        folders = self.folders(cell)
+        if (key := str(_kind(cell)) if folders else self.key(cell)) not in self._sizes:
             self._sizes[key] = _sizes_of(folders, cell.config) if folders else self._divided(cell)
         return self._sizes[key]
 
     def folders(self, cell: Cell) -> Mapping[str, Path]:
         """Returns the clients that are folders already, by name; none where one data set is divided. Raises as `of`."""
-        key = (*place_key(cell.train, cell.config), cell.config.simulation is None)
-        if key not in self._folders:
+        if (key := _kind(cell)) not in self._folders:
             clients, divided = clients_of(cell.train, cell.config)
             self._folders[key] = {
                 name: data for name, data in clients.items() if divided is None and isinstance(data, Path)
@@ -77,6 +76,12 @@ def task_for(config: RunConfig) -> Task:
 def place_key(path: Path, config: RunConfig) -> tuple[Any, ...]:
     """Returns all of a run that decides how data are opened, and their place."""
     return path, config.model.task, reading_of(config)
+
+
+def _kind(cell: Cell) -> tuple[Any, ...]:
+    """Returns all of a cell that decides which folders in its data are clients."""
+    simulated = cell.config.simulation
+    return *place_key(cell.train, cell.config), simulated is None, simulated is not None and simulated.divides
 
 
 def _sizes_of(folders: Mapping[str, Path], config: RunConfig) -> dict[str, int]:
