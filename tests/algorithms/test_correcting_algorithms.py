@@ -54,7 +54,7 @@ def test_sites_of_other_curvatures_find_the_optimum_with_them_only(tmp_path, sec
     ("base", "sections", "place"),
     [
         (SCAFFOLD, {"training": {"momentum": 0.9}}, "training.momentum is 0.9"),
-        (SCAFFOLD, {"training": {"optimizer": "adamw"}}, "training.optimizer is 'adamw'"),
+        (SCAFFOLD, {"training": {"optimizer": "adamw", "momentum": 0.9}}, "training.optimizer is 'adamw'"),
         (
             SCAFFOLD,
             {"rounds": {"clients": 4, "quorum": 2}},

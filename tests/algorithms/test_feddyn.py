@@ -75,7 +75,7 @@ def test_a_round_in_which_nobody_moves_leaves_x() -> None:
 
 
 @pytest.mark.usefixtures("quadratic")
-@pytest.mark.parametrize("training", [{}, {"optimizer": "adamw"}, {"momentum": 0.9}])
+@pytest.mark.parametrize("training", [{}, {"optimizer": "adamw", "momentum": 0.9}, {"momentum": 0.9}])
 def test_any_optimizer_goes_with_it_and_half_precision(training) -> None:
     said = {**BOTH, "codec": {"up": "bfloat16", "error_feedback": False}, "rounds": {"clients": 2}}
     config = run_file(**{**said, "training": {**BOTH["training"], **training}})

@@ -61,7 +61,7 @@ def run_file(tuned="head", keep=True, engine="inprocess", more=None, **training)
             "peft": TUNED.get(tuned, {"method": tuned}),
             "training": {**settings, **training},
             "rounds": {"count": 2, "clients": 3, "seed": 7},
-            "simulation": {"engine": engine, "workers": 2},
+            "simulation": {"engine": engine} | ({} if engine == "inprocess" else {"workers": 2}),
             **(more or {}),
         }
     )
