@@ -22,7 +22,7 @@ from fedpeft.studies.checks import check_cells
 from fedpeft.studies.study_file import load_study
 
 from ..data.hub_cache import HubCache
-from ..data.test_sources import table, write
+from ..data.test_sources import png, table, write
 from ..programs import run_program
 from .study_texts import STUDY, pets, study_file
 
@@ -223,6 +223,25 @@ def test_a_scale_takes_no_point_away_that_is_not_there(tmp_path):
         cells(tmp_path, text, "less")
 
 
+def test_a_scale_adds_points_to_an_axis_and_no_axis(tmp_path):
+    text = f"{STUDY}\n[scales.more.axes.method.bias]\npeft.method = 'bias'\n"
+    assert {cell.points["method"] for cell in cells(tmp_path, text, "more")} == {"head", "lora 2", "bias"}
+    with pytest.raises(ConfigInvalid, match="there is no axis 'methd'; there are: method"):
+        cells(tmp_path, text.replace("axes.method.bias", "axes.methd.bias"), "more")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    study = load_study(study_file(tmp_path))
+    for names, train in ((("bus", "train"), "."), (("train", "test"), "train"), (("train",), "train")):
+        folder = tmp_path / "-".join(names)
+        for name in names:
+            (folder / name / "a").mkdir(parents=True)
+            (folder / name / "a" / "0.png").write_bytes(png(1))
+        (cell, *_) = cells_of(study, {"pets": folder})
+        assert cell.train == folder / train
+        assert (cell.test is None) == ("test" not in names)
+
+
 def test_missing_data_is_named_with_the_flag_that_would_name_it(tmp_path):
     study = load_study(study_file(tmp_path))
     with pytest.raises(DataInvalid, match="the study file says no place for it; give --data pets=FOLDER"):
@@ -378,3 +397,8 @@ def test_the_defaults_that_names_of_cells_leave_out_are_those_of_their_format():
     kept = json.loads(DEFAULTS.read_text())
     assert kept["format"] == FORMAT
     assert merged(now, kept["run"]) == now, "a field may be new; none may have gone or changed"
+
+
+def test_a_grid_has_no_comma_without_a_value():
+    with pytest.raises(ConfigInvalid, match=r"'rate=0\.01,,0\.03' has a comma without a value"):
+        grid_axes(["rate=0.01,,0.03"])

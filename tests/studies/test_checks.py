@@ -198,3 +198,9 @@ def test_clients_of_another_task_are_folders_until_the_run_says_how_one_data_set
             assert [bool(divisions.folders(cell)) for cell in found] == [True, True, False, False]
         (tmp_path / "south" / "examples.txt").unlink()
         check_cells(found[2:], CPU)
+
+
+def test_weights_that_no_cell_would_use_are_refused(tmp_path):
+    found, unused = cells(tmp_path), Machine("cpu", weights=tmp_path / "w.safetensors")
+    with pytest.raises(SettingsInvalid, match=r"w\.safetensors would not be used: every cell says model\.weights"):
+        check_cells(found, unused)

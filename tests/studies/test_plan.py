@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fedpeft.data.division import Division
@@ -135,3 +137,15 @@ def test_a_data_set_is_opened_once_and_divided_once_for_cells_that_share_a_divis
     plan.plan_of(cells, None, Machine())
     assert len(opened) == 2, "once to see that it is one data set, and once for all divisions"
     assert divided == [0, 0, 1], "likewise"
+
+
+def test_a_cell_with_a_damaged_report_takes_time_again(tmp_path, measured):
+    (cell, *_) = cells_of(load_study(study_file(tmp_path)), {"pets": pets(tmp_path / "pets")})
+    machine = Machine("cpu")
+    report = tmp_path / "out" / "cells" / cell.key(machine) / "report.json"
+    report.parent.mkdir(parents=True)
+    said = {"model": {"name": cell.config.model.name}, "peft": {"method": "head"}, "rounds": {"seed": str(cell.seed)}}
+    for text, done in ((json.dumps({"rounds": [], "config": said}), True), ('{"rounds": [', False), ("{}", False)):
+        report.write_text(text)
+        (planned,) = plan.plan_of([cell], tmp_path / "out", machine)
+        assert planned.done == done

@@ -260,6 +260,7 @@ def simulate(
     given = _GivenData(data, image_column, label_column, renamed)
     config, folder = configured(run, given.classes), path_of(out, "out")
     simulation.check_apart(folder, [*given.paths, Path(evaluate) if isinstance(evaluate, str) else evaluate])
+    simulation.check_run(config, device)
     tracking = tracking_to(list_of(track, "track", str, "texts"), folder)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
     clients, partition = given.clients(config, reading)

@@ -27,7 +27,7 @@ from fedpeft.data.reading import Reading
 from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.privacy.accounting import calibrated
 from fedpeft.process import durable, locks
-from fedpeft.rounds.combinations import check_combination, check_population
+from fedpeft.rounds.combinations import check_combination, check_makes_versions, check_population
 from fedpeft.rounds.commit import RunHeader
 from fedpeft.rounds.state_machine import policy_of
 from fedpeft.rpc import wire
@@ -43,6 +43,8 @@ from fedpeft.simulation.report import Json
 from fedpeft.simulation.simulated_run import SimulatedRun
 from fedpeft.simulation.versions import Versions
 from fedpeft.tracking import Tracking
+from fedpeft.training.devices import device_of
+from fedpeft.training.run_spec import spec_without_weights
 
 RUN = "simulation"
 """Id of a simulated run, where none is given."""
@@ -140,10 +142,7 @@ def _header(run: str, trainer: LocalTrainer, settings: SimulationConfig) -> RunH
     """Returns the run's header; raises `ConfigInvalid` if its parts do not go together."""
     header = RunHeader(run, trainer.inputs.config, trainer.run.spec, trainer.run.fingerprint)
     check_combination(header.config.model_copy(update={"simulation": settings}), header.spec)
-    if not policy_of(header.config.rounds).makes_versions:
-        policy = header.config.rounds.policy_name
-        text = f"is {policy!r}, whose versions come from a parent's server; a simulation has none"
-        raise ConfigInvalid(f"rounds.policy {text}", (("rounds.policy", text),))
+    check_makes_versions(header.config)
     return header
 
 
@@ -162,6 +161,28 @@ def _ready(header: RunHeader, engine: Engine, out: Path, scratch: Path) -> Simul
 def is_resumable(config: RunConfig) -> bool:
     """Returns True if a simulation that is killed can go on: all but rounds on a clock, whose clients are at work."""
     return not policy_of(config.rounds).has_clock
+
+
+def check_run(config: RunConfig, device: str, *, is_simulated: bool = True) -> None:
+    """Checks a run by itself, before its data and weights are read.
+
+    Args:
+        config: The run file.
+        device: auto, cpu, cuda or cuda:N.
+        is_simulated: False if a server and agents hold the run: then no engine is asked.
+
+    Raises:
+        ConfigInvalid: If its parts do not work with each other, or not with the engine, with the field.
+        ModelInvalid: If there is no such model.
+        SettingsInvalid: If there is no such device.
+    """
+    found = device_of(device)
+    if is_simulated:
+        engine = engine_named((config.simulation or SimulationConfig()).engine)
+        if fault := engine.misfit(config, found):
+            raise ConfigInvalid(": ".join(fault), (fault,))
+    check_makes_versions(config)
+    check_combination(config, spec_without_weights(config))
 
 
 def check_clients(config: RunConfig, clients: Clients) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 
 from fedpeft.config import RunConfig, parse_config, with_classes
 from fedpeft.config.overrides import Table, at_key, merged, united, value_of
-from fedpeft.data.client_folders import classes_there
+from fedpeft.data.client_folders import classes_there, subfolders
 from fedpeft.data.contents import digest_of
 from fedpeft.data.sources.hub import has_split, is_hub, local_path
+from fedpeft.data.sources.splits import splits_among
 from fedpeft.errors import ConfigInvalid, DataInvalid
 from fedpeft.simulation.content import content_of, name_of, path_digest
 from fedpeft.studies.study_file import DATA, MOST_CELLS, DataSet, StudyFile
@@ -157,7 +158,10 @@ def grid_axes(grids: Sequence[str]) -> dict[str, dict[str, Table]]:
             raise ConfigInvalid(f"{grid!r} is no grid; give KEY=VALUE,VALUE, such as training.learning_rate=0.01,0.03")
         values = value_of(f"[{listed}]")
         if not isinstance(values, list):
-            values = [value_of(part.strip()) for part in listed.split(",")]
+            parts = [part.strip() for part in listed.split(",")]
+            if "" in parts:
+                raise ConfigInvalid(f"{grid!r} has a comma without a value; give KEY=VALUE,VALUE")
+            values = list(map(value_of, parts))
         if key in axes:
             raise ConfigInvalid(f"{grid!r} gives a key twice")
         axes[key] = axis_of(key, values)
@@ -237,7 +241,7 @@ def _with_seed(table: Table, seed: int) -> Table:
     return {**table, "rounds": {**rounds, "seed": seed}}
 
 
-_PARTS = {"train": ("train.parquet", "train"), "test": ("test.parquet", "test")}
+_PARTS = ("train", "test")
 
 
 def _places(name: str, given: DataSet, folder: Path | None) -> tuple[Path, Path | None]:
@@ -277,7 +281,11 @@ def _nowhere(name: str, why: str) -> DataInvalid:
 
 
 def _part(folder: Path, split: str) -> Path | None:
-    return next((folder / name for name in _PARTS[split] if (folder / name).exists()), None)
+    """Returns a split of a folder: a file of it, or a folder where those beside it are splits too, and no classes."""
+    if (file := folder / f"{split}.parquet").exists():
+        return file
+    names = [each.name for each in subfolders(folder)]
+    return folder / split if split in names and len(splits_among(names)) == len(names) else None
 
 
 @cache

@@ -9,18 +9,15 @@ from typing import Any
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.config.simulation import DIVISION
 from fedpeft.data.division import drawn_rows
-from fedpeft.errors import ConfigInvalid, DataInvalid, FedpeftError
+from fedpeft.errors import DataInvalid, FedpeftError, SettingsInvalid
 from fedpeft.models.backbones import Backbone, skeleton
 from fedpeft.models.checkpoints import resolve_weights
 from fedpeft.models.tasks import task_of
-from fedpeft.rounds.combinations import check_combination, check_makes_versions
-from fedpeft.simulation import check_clients
-from fedpeft.simulation.engines import engine_named
+from fedpeft.simulation import check_clients, check_run
 from fedpeft.simulation.local_trainer import HELD_OUT_SEED, naming
 from fedpeft.studies.cells import Cell, Machine
 from fedpeft.studies.divisions import Divisions, place_key, task_for
 from fedpeft.training.devices import device_of
-from fedpeft.training.run_spec import spec_without_weights
 
 
 def check_cells(cells: Sequence[Cell], machine: Machine) -> None:
@@ -34,9 +31,11 @@ def check_cells(cells: Sequence[Cell], machine: Machine) -> None:
         ConfigInvalid: If parts of a run do not work with each other, or a round wants more clients than there are.
         DataInvalid: If training or held-out data cannot be read, do not fit the classes, or are too few to be divided.
         ModelInvalid: If there is no such model, or no such file of weights.
-        SettingsInvalid: If there is no such device.
+        SettingsInvalid: If there is no such device, or no cell has a use for the weights that are given.
     """
     device_of(machine.device)
+    if machine.weights is not None and all(cell.config.model.weights == "none" for cell in cells):
+        raise SettingsInvalid(f'weights {machine.weights} would not be used: every cell says model.weights = "none"')
     checks = _Checks(machine)
     for cell in cells:
         try:
@@ -58,7 +57,7 @@ class _Checks:
         """Checks a cell; raises as `check_cells`."""
         config = cell.config
         if self._is_new("run", config.model_dump_json(exclude={"simulation": set(DIVISION), "rounds": {"seed"}})):
-            self._check_run(config)
+            check_run(config, self._machine.device, is_simulated=not self._machine.over_network)
         if self._is_new("weights", config.model.weights):
             resolve_weights(config.model.weights, self._machine.weights)
         of_clients = config.model_dump_json(
@@ -76,15 +75,6 @@ class _Checks:
         new = what not in self._passed
         self._passed.add(what)
         return new
-
-    def _check_run(self, config: RunConfig) -> None:
-        if config.simulation is not None:
-            engine = engine_named(config.simulation.engine)
-            device = device_of(self._machine.device)
-            if not self._machine.over_network and (fault := engine.misfit(config, device)):
-                raise ConfigInvalid(": ".join(fault), (fault,))
-        check_makes_versions(config)
-        check_combination(config, spec_without_weights(config))
 
     def _check_training_data(self, cell: Cell) -> None:
         """Opens the data of every client as its task does; of a data set that is divided, all rows at once if it can.

@@ -27,7 +27,7 @@ from fedpeft.simulation.out_folder import check_apart
 from fedpeft.studies.cell_process import in_environment, run_cell
 from fedpeft.studies.cells import Cell, Machine, content_digest
 from fedpeft.studies.files import CELL, CELLS, FAILURE, LOG, REPORT, STUDY
-from fedpeft.studies.results import check_origin, ended, load_report, paused
+from fedpeft.studies.results import ended, own_report, paused
 from fedpeft.studies.study_file import StudyFile
 
 _log = structlog.get_logger(__name__)
@@ -167,9 +167,7 @@ def _ended_before(cell: Cell, folder: Path) -> str | None:
     if not (folder / REPORT).exists():
         return None
     try:
-        report = load_report(folder)
-        check_origin(report, folder, cell.config)
-        return paused(report)
+        return paused(own_report(folder, cell.config))
     except DataInvalid as error:
         _log.warning("a report is damaged; its cell is computed again", fault=error.message)
         with durable.refusals(f"removing {folder / REPORT}"):

@@ -17,7 +17,7 @@ from typing import Any
 
 from fedpeft.config import RoundsConfig, RunConfig, SimulationConfig, TrainingConfig
 from fedpeft.config.simulation import DIVISION
-from fedpeft.errors import TrainingFailed
+from fedpeft.errors import DataInvalid, TrainingFailed
 from fedpeft.rounds.screening import local_steps
 from fedpeft.rounds.state_machine import policy_of
 from fedpeft.studies.cell_process import run_cell
@@ -25,7 +25,7 @@ from fedpeft.studies.cells import Cell, Machine
 from fedpeft.studies.divisions import Divisions
 from fedpeft.studies.execution import start
 from fedpeft.studies.files import CELLS, REPORT
-from fedpeft.studies.results import ended, load_report
+from fedpeft.studies.results import ended, load_report, own_report
 from fedpeft.training.run_spec import spec_without_weights
 
 AT_ONCE = 16
@@ -103,11 +103,20 @@ def plan_of(
         clients = divisions.of(cell)
         if (division := f"{divisions.key(cell)} {cell.config.training.model_dump_json()}") not in means:
             means[division] = sum(_trained(size, cell.config.training) for size in clients.values()) / len(clients)
-        done = out is not None and (out / CELLS / cell.key(machine) / REPORT).exists()
+        done = out is not None and _is_done(cell, out / CELLS / cell.key(machine))
         tickets, counted = _work(cell.config.rounds, len(clients))
         trained = (tickets if uncounted[key] else counted) * means[division]
         found.append(_planned(cell, kinds[key], trained, tickets, counted, done=done))
     return found
+
+
+def _is_done(cell: Cell, folder: Path) -> bool:
+    """Returns True if a study would not compute the cell: what it would compute again takes time."""
+    try:
+        own_report(folder, cell.config)
+    except DataInvalid:
+        return False
+    return True
 
 
 def _kind_of(config: RunConfig) -> str:

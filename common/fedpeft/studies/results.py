@@ -372,12 +372,13 @@ def ended(folder: Path) -> str:
     return paused(load_report(folder)) if (folder / REPORT).exists() else _failed(folder)
 
 
-def check_origin(report: Mapping[str, Any], folder: Path, config: RunConfig) -> None:
-    """Checks that the report in a folder is of a run, and of the records that lie beside it.
+def own_report(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Returns the report in a folder, if it is of a run, and of the records that lie beside it.
 
     Raises:
-        DataInvalid: If it is of another.
+        DataInvalid: If it is of another, or cannot be read.
     """
+    report = load_report(folder)
     said = report.get("config", {})
     ours = {"model": config.model.name, "method": config.peft.method, "seed": config.rounds.seed}
     found = {
@@ -392,6 +393,7 @@ def check_origin(report: Mapping[str, Any], folder: Path, config: RunConfig) -> 
         last = record.digest(lines[-1]) if lines else ""
         if last != report["rounds"][-1].get("record_sha256"):
             raise DataInvalid(f"{folder / RECORDS} does not end with the record of the last round in {folder / REPORT}")
+    return report
 
 
 def paused(report: Mapping[str, Any]) -> str:

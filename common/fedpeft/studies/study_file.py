@@ -151,7 +151,7 @@ def load_study(path: Path, scale: str | None = None) -> StudyFile:
     if scale is not None:
         if scale not in scales:
             raise ConfigInvalid(f"{path} has no scale {scale!r}; there are: {', '.join(scales) or 'none'}")
-        _check_absences(table, scales[scale], f"{path}: scales.{scale}.axes")
+        _check_points(table, scales[scale], f"{path}: scales.{scale}.axes")
         table = laid_over(table, scales[scale])
     if "model" in table and "run" not in table:
         table = _study_of_run(table, path.stem)
@@ -251,17 +251,19 @@ def _place_beside(path: Path, data_set: Any) -> None:
             data_set[split] = str(path.parent / place)
 
 
-def _check_absences(table: Table, scale: Table, at: str) -> None:
-    """Checks that the points that a scale takes away are there.
+def _check_points(table: Table, scale: Table, at: str) -> None:
+    """Checks that a scale's axes, and the points that it takes away, are there; it may add points to an axis.
 
     Raises:
         ConfigInvalid: With the first one that is not.
     """
+    axes = table.get("axes", {})
     for axis, points in scale.get("axes", {}).items():
-        there = table.get("axes", {}).get(axis, {})
+        if axis not in axes:
+            raise ConfigInvalid(f"{at}.{axis}: there is no axis {axis!r}; there are: {', '.join(axes) or 'none'}")
         for point, fields in points.items():
-            if fields is False and point not in there:
-                words = ", ".join(there) or "none"
+            if fields is False and point not in axes[axis]:
+                words = ", ".join(axes[axis])
                 raise ConfigInvalid(f"{at}.{axis} takes point {point!r} away, which is not there; there are: {words}")
 
 

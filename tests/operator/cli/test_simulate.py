@@ -119,6 +119,21 @@ def test_results_do_not_lie_in_the_data(tmp_path, capfd):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("peft.method=lroa", "there is no PEFT method 'lroa'"),
+        ("model.depth=90", "model.depth: 90 is more than the 12 blocks of vit_tiny_patch16_224"),
+        ("simulation.engine=fast", "there is no engine 'fast'"),
+        ("rounds.policy=relayed", "rounds.policy"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_before_its_data_are_read(tmp_path, capfd, setting, said):
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    absent = tmp_path / "data-that-is-not-there"
+    assert said in refused(capfd, tmp_path / "run.toml", "--data", absent, "--out", tmp_path / "out", "--set", setting)
+
+
 def test_what_is_noticed_in_the_data_does_not_stand_before_the_report(tmp_path, capfd):
     for label in ("cat", "dog"):
         for site in ("north", "south"):

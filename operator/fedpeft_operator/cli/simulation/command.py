@@ -69,6 +69,8 @@ def simulate(
 
     simulation.check_apart(out, (data, evaluate))
     simulation.check_folder(out)
+    with faults_in(file, override):
+        simulation.check_run(config, device)
     _set_up(threads)
     tracking = tracking_to(track, out)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
