@@ -8,7 +8,7 @@ Scheme = Literal["iid", "dirichlet", "shards", "quantity", "natural"]
 """Scheme by which examples are assigned to clients; see `fedpeft.data.division`."""
 DirichletVariant = Literal["class-first", "balanced", "client-first"]
 QuantityVariant = Literal["dirichlet", "lognormal"]
-Variant = Literal["class-first", "balanced", "client-first", "dirichlet", "lognormal"]
+Variant = Literal[DirichletVariant, QuantityVariant]
 
 VARIANTS: dict[Scheme, tuple[str, ...]] = {
     "dirichlet": get_args(DirichletVariant),

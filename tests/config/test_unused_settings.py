@@ -64,6 +64,7 @@ def test_a_run_that_was_accepted_stays_readable() -> None:
         ("simulation", {"clients": 4, "partition": "dirichlet", "alpha": 0.5}, {"partition": "iid"}, {"clients": 4}),
         ("simulation", {"partition": "dirichlet", "alpha": 0.5}, {"partition": "dirichlet"}, {"alpha": 0.5}),
         ("simulation", {"alpha": 0.5}, {"partition": "dirichlet"}, {"alpha": 0.5}),
+        ("training", {"schedule": "step", "schedule_drops": 3}, {"schedule": "constant"}, {}),
         ("simulation", {"partition": "shards", "shards": 3}, {"partition": "dirichlet", "alpha": 1.0}, {"alpha": 1.0}),
         ("simulation", {"engine": "processes", "workers": 2, "clients": 4}, {"engine": "inprocess"}, {"clients": 4}),
         ("codec", {"up": "sparse", "density": 0.5, "down": "int8"}, {"up": "int8"}, {"down": "int8"}),
@@ -74,3 +75,16 @@ def test_a_run_that_was_accepted_stays_readable() -> None:
 )
 def test_options_of_a_value_go_with_it(over, section, base, override, left) -> None:
     assert over({section: base}, {section: override})[section] == {**left, **override}
+
+
+@pytest.mark.parametrize(
+    ("section", "base", "override", "left"),
+    [
+        ("training", {"momentum": 0.95, "epochs": 2}, {"optimizer": "adamw"}, {"epochs": 2}),
+        ("simulation", {"column": "site", "clients": 3}, {"partition": "iid"}, {"clients": 3}),
+        ("codec", {"density": 0.5}, {"up": "sparse"}, {"density": 0.5}),
+    ],
+)
+def test_options_beside_no_name_are_those_of_the_default_where_it_has_them(section, base, override, left) -> None:
+    assert merged({section: base}, {section: override})[section] == {**left, **override}
+    assert united({section: base}, {section: override})[section] == {**base, **override}, "which is meant is not known"

@@ -6,6 +6,7 @@ import json
 import os
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fedpeft.data.contents import digest_of, images_digest
@@ -79,6 +80,13 @@ def test_a_parquet_file_is_named_by_the_images_and_the_description_that_lie_besi
     others = [named("image", image=b"c"), named("classes", classes=("dog", "cat")), named("none", classes=())]
     (tmp_path / "again" / "images" / "0.png").unlink()
     assert len({first, *others, digest_of(tmp_path / "again" / "data.parquet")}) == 5
+    rows = pq.read_table(tmp_path / "first" / "data.parquet").to_pylist()
+    rows[0]["image"]["path"] = "../beside.png"
+    write(tmp_path / "shards" / "data.parquet", pa.Table.from_pylist(rows))
+    (tmp_path / "beside.png").write_bytes(b"a")
+    whole = digest_of(tmp_path / "shards")
+    (tmp_path / "beside.png").write_bytes(b"b")
+    assert digest_of(tmp_path / "shards") != whole, "an image beside the folder is not in it"
     whole = digest_of(tmp_path / "first")
     (tmp_path / "first" / "images" / "0.png").write_bytes(b"c")
     assert digest_of(tmp_path / "first") != whole

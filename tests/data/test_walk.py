@@ -16,8 +16,8 @@ from PIL import Image
 
 from fedpeft.data.sources import walk as walking
 from fedpeft.data.sources.file_names import FORMATS, class_name, image_suffixes, is_image, shown, suffix_of
-from fedpeft.data.sources.folders import SIZED, FolderSource
-from fedpeft.data.sources.interface import ImageUnreadable
+from fedpeft.data.sources.folders import FolderSource
+from fedpeft.data.sources.interface import SIZED, ImageUnreadable
 from fedpeft.data.sources.inventory import SHOWN_REASONS, Entry, Fate, Inventory, inventory_of
 from fedpeft.data.sources.opening import open_source
 from fedpeft.data.sources.walk import walk
@@ -290,7 +290,7 @@ def test_sizes_are_reckoned_from_some_files(tmp_path, monkeypatch):
     root = tree(tmp_path, *(f"cat/{i}.png" for i in range(30)))
     exact = FolderSource(root).image_bytes_total
     assert exact == 30 * len(encoded()) and SIZED > 30
-    monkeypatch.setattr("fedpeft.data.sources.folders.SIZED", 4)
+    monkeypatch.setattr("fedpeft.data.sources.interface.SIZED", 4)
     assert FolderSource(root).image_bytes_total == exact
 
 

@@ -198,6 +198,12 @@ def test_one_damaged_image_of_a_large_data_set_does_not_end_the_simulation_at_it
     run = config("head", rounds={"count": 1, "clients": 10}, simulation={"clients": 10})
     (row,) = simulate(run, clients_of(data, run)[0], tmp_path / "out")["rounds"]
     assert sorted(ticket["examples"] for ticket in row["tickets"]) == [11, *[12] * 9]
+    for number in (1, 2, 5):
+        images[number]["bytes"] = b"no image"
+    worse = whole.set_column(0, whole.schema.field("image"), pa.array(images, whole.schema.field("image").type))
+    one = config("head", rounds={"count": 1, "clients": 2}, simulation={"clients": 2})
+    with pytest.raises(DataInvalid, match=r"of 60 images cannot be read, more than 1% of the 120 that they are a part"):
+        simulate(one, clients_of(write(tmp_path / "worse.parquet", worse), one)[0], tmp_path / "worse")
     alone = config("head", rounds={"count": 1, "clients": 120}, simulation={"clients": 120})
     with pytest.raises(DataInvalid, match=r"none of 1 image can be read, the first: whole\.parquet row 3"):
         simulate(alone, clients_of(data, alone)[0], tmp_path / "alone")

@@ -15,7 +15,7 @@ from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.partitions import iid
 from fedpeft.data.sources.opening import open_source
 from fedpeft.errors import ConfigInvalid, DataInvalid
-from fedpeft.simulation.content import FORMAT
+from fedpeft.simulation.content import FORMAT, content_of, name_of
 from fedpeft.studies.assembly import Changes, assembled
 from fedpeft.studies.cells import Machine, axis_of, cells_of, content_digest, grid_axes
 from fedpeft.studies.checks import check_cells
@@ -228,6 +228,26 @@ def test_a_scale_adds_points_to_an_axis_and_no_axis(tmp_path):
     assert {cell.points["method"] for cell in cells(tmp_path, text, "more")} == {"head", "lora 2", "bias"}
     with pytest.raises(ConfigInvalid, match="there is no axis 'methd'; there are: method"):
         cells(tmp_path, text.replace("axes.method.bias", "axes.methd.bias"), "more")
+
+
+def test_a_cell_of_another_task_is_named_by_whether_its_data_are_divided(tmp_path):
+    model = {"name": "text:tiny", "classes": ["a", "b"], "weights": "none"}
+    run = {"model": model, "peft": {"method": "full"}}
+    names = set()
+    for simulation in ({"engine": "inprocess"}, {"clients": 8}, {"partition": "iid"}):
+        config = parse_config({**run, "simulation": simulation})
+        content = content_of(config, train="0", test=None, weights=None, threads=1, device="cpu")
+        names.add(name_of(content))
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("others", [("meta",), ()])
+def test_folders_of_splits_are_known_beside_others(tmp_path, others):
+    for name in ("train", "test", *others):
+        (tmp_path / "data" / name / "a").mkdir(parents=True)
+        (tmp_path / "data" / name / "a" / "0.png").write_bytes(png(1))
+    (cell, *_) = cells_of(load_study(study_file(tmp_path)), {"pets": tmp_path / "data"})
+    assert (cell.train.name, cell.test.name) == ("train", "test")
 
 
 def test_a_class_may_be_called_train(tmp_path):

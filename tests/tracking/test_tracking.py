@@ -2,12 +2,12 @@
 
 import sys
 import threading
-from pathlib import Path
+import time
 
 import pytest
 import structlog
 
-from fedpeft.tracking import Tracker, Tracking, tracking
+from fedpeft.tracking import Tracker, Tracking, shown, tracking
 from fedpeft.tracking.figures import tracked_run
 
 from .test_trackers import REPORT, row
@@ -18,8 +18,8 @@ class Sink(Tracker):
 
     module = extra = "sink"
 
-    def __init__(self, faults=0, target=""):
-        super().__init__(target, Path())
+    def __init__(self, faults=0, text=""):
+        self.text = text
         self.faults, self.got, self.ended, self.known = faults, [], [], set()
 
     def begin(self, run):
@@ -116,18 +116,43 @@ def test_a_tracker_that_does_not_answer_delays_the_end_by_a_bound(monkeypatch):
         answered.set()
 
 
-def test_of_two_trackers_of_one_kind_each_has_what_it_missed_and_no_password_is_shown(monkeypatch):
-    silent, sink, answered = Sink(target="http://me:secret@one:5000"), Sink(target="two"), threading.Event()
+def test_of_two_trackers_of_one_kind_each_has_what_it_missed(monkeypatch):
+    silent, sink, answered = Sink(text="sink=one"), Sink(text="sink=two"), threading.Event()
     monkeypatch.setattr(silent, "begin", lambda run: answered.wait() and set())
     try:
-        with Tracking([silent, sink], end_s=0.05) as followed:
+        with Tracking([silent, sink], unanswered_s=0.05) as followed:
             followed.begin({**REPORT, "initial_metrics": {}})
             followed.round(row(1))
             followed.end("completed")
-        assert followed.missed == {"sink=http://one:5000": 1}
+        assert followed.missed == {"sink=one": 1}
         assert [number for number, *_ in sink.got] == [1]
     finally:
         answered.set()
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ("mlflow=http://me:p@ss@host:5000/a?token=b", "mlflow=http://host:5000/a"),
+        ("mlflow=sqlite:///runs.db", "mlflow=sqlite:///runs.db"),
+        ("tensorboard=at@home/boards", "tensorboard=at@home/boards"),
+        ("wandb", "wandb"),
+    ],
+)
+def test_what_is_secret_of_a_target_is_not_shown(asked, text):
+    assert shown(asked) == text
+
+
+def test_a_tracker_that_has_answered_is_waited_for_longer_than_one_that_never_did(monkeypatch):
+    monkeypatch.setattr(tracking, "END_S", 20)
+    sink, slow = Sink(), threading.Event()
+    monkeypatch.setattr(sink, "end", lambda state: (slow.wait(0.3), sink.ended.append(state)))
+    with Tracking([sink], unanswered_s=0.05) as followed:
+        followed.begin({**REPORT, "initial_metrics": {}})
+        while not followed._sinks[0].has_answered:
+            time.sleep(0.01)
+        followed.end("completed")
+    assert (followed.missed, sink.ended) == ({}, ["completed"])
 
 
 def test_the_label_of_a_run_of_many_axes_is_a_name_for_a_file():

@@ -28,7 +28,7 @@ from fedpeft.models.structure import ModelStructure
 from fedpeft.models.tasks import Batch, Task, split_data, task_of, tasks
 from fedpeft.peft import TunedModel, methods, spec_of, tune
 from fedpeft.rpc.wire import config_from_proto, config_to_proto
-from fedpeft.simulation import simulate
+from fedpeft.simulation import check_run, simulate
 from fedpeft.training import loop, precision
 from fedpeft.training.batches import BatchOrder
 from fedpeft.training.evaluation import evaluate
@@ -313,6 +313,7 @@ def test_a_task_without_classes_names_none_and_has_options(package: types.Module
     config = next_run(options={"layers": 3})
     assert config.model.classes == ("examples",)
     assert config_from_proto(config_to_proto(config)) == config, "whole numbers are whole on the other side"
+    check_run(config, "cpu")
     sites = {name: task_of("text").read(tmp_path) for name in ("a", "b")}
     report = simulate(config, sites, tmp_path / "out")
     assert report["adapter_parameters"] == 3 * 20 + 5

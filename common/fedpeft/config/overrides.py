@@ -13,19 +13,26 @@ from typing import Any
 
 from fedpeft.config_errors import dotted
 from fedpeft.errors import ConfigInvalid
+from fedpeft.partition_schemes import OPTIONS
 
 Table = dict[str, Any]
 
 NAMED_BY = {("peft",): "method", ("aggregation",): "strategy", ("training", "algorithm"): "name"}
 """Sections whose further keys are options of what this key names."""
-OPTIONS_OF = {
-    (("simulation",), "partition"): ("alpha", "variant", "shards", "column"),
-    (("simulation",), "engine"): ("workers",),
-    (("codec",), "up"): ("density", "values"),
-    (("training",), "optimizer"): ("momentum",),
-    (("rounds",), "policy"): ("concurrency", "max_staleness"),
+OPTIONS_OF: dict[tuple[str, ...], dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    ("simulation",): {
+        "partition": (tuple({option: None for options in OPTIONS.values() for option in options}), ("column",)),
+        "engine": (("workers",), ()),
+    },
+    ("codec",): {"up": (("density", "values"), ())},
+    ("training",): {
+        "optimizer": (("momentum",), ("momentum",)),
+        "schedule": (("final_factor", "schedule_drops"), ()),
+    },
+    ("rounds",): {"policy": (("concurrency", "max_staleness"), ())},
 }
-"""Keys whose value has options among the keys beside it, and these."""
+"""By section the keys whose value has options among the keys beside it: all of them, and those that are for the value
+which is meant where there is none."""
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, ...] = ()) -> Table:
@@ -39,7 +46,12 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, .
     key = NAMED_BY.get(at)
     if key is not None and key in over and over[key] != base.get(key):
         return copy.deepcopy(dict(over))
-    return _laid(base, over, at, merged)
+    kept = dict(base)
+    for name, (options, of_default) in OPTIONS_OF.get(at, {}).items():
+        if name in over and over[name] != base.get(name):
+            for option in options if name in base else of_default:
+                kept.pop(option, None)
+    return _laid(kept, over, at, merged)
 
 
 def united(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, ...] = ()) -> Table:
@@ -55,16 +67,17 @@ def united(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, .
     key = NAMED_BY.get(at)
     if key is not None and key in base and key in over and over[key] != base[key]:
         return copy.deepcopy(dict(over))
-    return _laid(base, over, at, united)
+    kept = dict(base)
+    for name, (options, _) in OPTIONS_OF.get(at, {}).items():
+        if name in base and name in over and over[name] != base[name]:
+            for option in options:
+                kept.pop(option, None)
+    return _laid(kept, over, at, united)
 
 
 def _laid(base: Mapping[str, Any], over: Mapping[str, Any], at: tuple[str, ...], below: Callable[..., Table]) -> Table:
     """Returns `base` with the values of `over` in it, and their tables as `below` makes one of two."""
     result = copy.deepcopy(dict(base))
-    for (section, key), options in OPTIONS_OF.items():
-        if section == at and key in base and key in over and over[key] != base[key]:
-            for option in options:
-                result.pop(option, None)
     for name, value in over.items():
         there = result.get(name)
         if isinstance(value, Mapping) and (isinstance(there, Mapping) or there is None):

@@ -33,7 +33,8 @@ def digest_of(path: Path) -> str:
             digest.update(_sha256(file))
             if suffix_of(file.name) in PARQUET_SUFFIXES:
                 for other in beside(file):
-                    if not (path.is_dir() and other.is_relative_to(root)):  # that is one of the folder's files
+                    inside = path.is_dir() and Path(os.path.normpath(other)).is_relative_to(os.path.normpath(root))
+                    if not inside:  # that is one of the folder's files
                         digest.update(os.fsencode(f"{os.path.relpath(other, file.parent)}\0"))
                         digest.update(_sha256(other) if other.is_file() else b"")
     except OSError as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from fedpeft.data.labels import map_labels, read_label_map
-from fedpeft.data.sources.interface import Indices, Source, origin, too_many_unreadable
+from fedpeft.data.sources.interface import UNREADABLE_SHARE, Indices, Source, origin, too_many_unreadable
 from fedpeft.data.sources.opening import open_source
 from fedpeft.data.store import CACHE_BYTES, PixelStore
 from fedpeft.data.transforms import ImageUnreadable, Pixels, Preprocessing
@@ -202,7 +202,12 @@ def _unreadable_fault(source: Source, unreadable: int, images: int) -> str:
     if 0 < images == unreadable:
         return f"none of {counted(images, 'image')} can be read"
     whole, _ = origin(source, np.empty(0, np.int64))
-    return too_many_unreadable(unreadable, max(images, len(whole)))
+    if images >= len(whole):
+        return too_many_unreadable(unreadable, images)
+    if not too_many_unreadable(unreadable, len(whole)):
+        return ""
+    share = f"{UNREADABLE_SHARE:.0%} of the {len(whole):,} that they are a part of"
+    return f"{unreadable:,} of {counted(images, 'image')} cannot be read, more than {share}"
 
 
 def _unreadable(fault: str, named: Sequence[tuple[str, str]]) -> DataInvalid:

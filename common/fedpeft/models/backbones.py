@@ -119,12 +119,13 @@ def skeleton(config: ModelConfig) -> tuple[nn.Module, ModelStructure]:
     Raises:
         ModelInvalid: If there is no such model, or not in this size or depth.
     """
-    return copy.deepcopy(_skeleton(config))
+    return copy.deepcopy(_skeleton(config.model_dump_json()))
 
 
 @lru_cache(maxsize=1)
-def _skeleton(config: ModelConfig) -> tuple[nn.Module, ModelStructure]:
+def _skeleton(written: str) -> tuple[nn.Module, ModelStructure]:
     """Returns what `skeleton` returns a copy of: timm takes five times as long to build one, and methods change it."""
+    config = ModelConfig.model_validate_json(written)
     task = task_of(config.task)
     module = _created(task, config, "meta").requires_grad_(False)
     return module, _structure(task, module, config)

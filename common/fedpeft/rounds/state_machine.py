@@ -175,19 +175,22 @@ class _Ranks(dict[str, int]):
         return rank
 
 
-_ranks = lru_cache(maxsize=8)(_Ranks)
+_ranks = lru_cache(maxsize=4)(_Ranks)
+MOST_RANKED = 50_000
+"""Clients whose ranks are kept from one sampling of a round to the next: some 8 MB; more are ranked anew."""
 
 
 def sample(
     candidates: Iterable[str], count: int, seed: int, number: int, demerits: Mapping[str, int] = _NONE
 ) -> list[str]:
     """Returns up to `count` of the candidates, the same ones for the same arguments, sorted."""
-    ranks = _ranks(seed, number)
+    known = list(candidates)
+    ranks = _ranks(seed, number) if len(known) <= MOST_RANKED else _Ranks(seed, number)
 
     def rank(client: str) -> tuple[int, int, str]:
         return demerits.get(client, 0), ranks[client], client
 
-    return sorted(nsmallest(count, candidates, key=rank))
+    return sorted(nsmallest(count, known, key=rank))
 
 
 class RoundPolicy(ABC):

@@ -79,7 +79,7 @@ def clients_of(
     where = str(data) if isinstance(data, Path) else "what is given"
     if isinstance(data, Path):
         data = place_of(data, config)
-        if folders := _clients_there(data, config):
+        if folders := clients_there(data, config):
             return dict(folders), None
     task = task_of(config.model.task).reading(reading or reading_of(config))
     source = task.read(data) if isinstance(data, Path) else data
@@ -122,7 +122,7 @@ def place_of(path: Path, config: RunConfig) -> Path:
     return Path(place)
 
 
-def _clients_there(path: Path, config: RunConfig) -> dict[str, Path]:
+def clients_there(path: Path, config: RunConfig) -> dict[str, Path]:
     """Returns the clients of a folder of clients; none if it is one data set."""
     try:
         return _folders(path, config) if config.model.task else _written(path)

@@ -53,9 +53,12 @@ def content_of(
         threads: Of torch.
         device: cpu, cuda or cuda:N; never auto, which is another device on another machine.
     """
+    # Folders of another task than images are clients unless a field says how one data set is divided, its default too.
+    divides = bool(config.model.task) and config.simulation is not None and config.simulation.divides
     return {
         "format": FORMAT,
         "run": config.model_dump(mode="json", exclude={"name"}, exclude_defaults=True),
+        **({"divides": True} if divides else {}),
         "train": train,
         "test": test,
         "weights": weights,

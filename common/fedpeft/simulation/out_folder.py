@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedpeft.data.sources.opening import parquet_files
 from fedpeft.errors import SettingsInvalid, StateInvalid
 from fedpeft.models.tasks import split_data
 from fedpeft.simulation.progress_log import MEMORY, PROGRESS, UNFINISHED
@@ -26,20 +25,18 @@ _REPORTED = frozenset({"run", "rounds", "facts"})
 
 
 def check_apart(out: Path, data: Iterable[object]) -> None:
-    """Checks that results do not lie among data that is read by folder: they would be read as data.
+    """Checks that results do not lie among data: they would be read as data, or their bytes taken for theirs.
 
     Args:
         out: Folder of the results.
         data: Paths of data; other values are none.
 
     Raises:
-        SettingsInvalid: If it is such a folder, or in one. One of parquet files may have other folders in it.
+        SettingsInvalid: If it is a folder of data, or in one.
     """
     for each in data:
         folder = Path(split_data(str(each))[1]) if isinstance(each, Path) else None
-        if folder is None or not folder.is_dir() or not out.resolve().is_relative_to(folder.resolve()):
-            continue
-        if out.resolve() == folder.resolve() or not parquet_files(folder):
+        if folder is not None and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
             raise SettingsInvalid(f"{out} is in the data {folder}, and would be read as data: name a folder elsewhere")
 
 

@@ -114,7 +114,10 @@ def simulate(
         report["overlap"] = None if shared is None else shared.as_dict()
         durable.write_text(out / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-        tracked.end(report["state"])  # last: it may wait, and whoever interrupts that has the results
+        try:
+            tracked.end(report["state"])
+        except KeyboardInterrupt:  # which ends the wait: everything else is done
+            log.warning("trackers are waited for no longer; the simulation has ended")
     return report
 
 
@@ -176,7 +179,7 @@ def check_run(config: RunConfig, device: str, *, is_simulated: bool = True) -> N
         ModelInvalid: If there is no such model.
         SettingsInvalid: If there is no such device.
     """
-    found = device_of(device)
+    config, found = calibrated(config), device_of(device)
     if is_simulated:
         engine = engine_named((config.simulation or SimulationConfig()).engine)
         if fault := engine.misfit(config, found):

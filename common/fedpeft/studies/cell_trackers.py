@@ -17,10 +17,10 @@ from fedpeft.process import durable
 from fedpeft.studies.cells import Cell
 from fedpeft.studies.files import TRACKED
 from fedpeft.studies.results import load_report
-from fedpeft.tracking import Tracking, tracker_named, tracking_to
+from fedpeft.tracking import Tracking, shown, tracker_named, tracking_to
 
-CELL_END_S = 5.0
-"""Longest wait for trackers at the end of a cell: what they miss is written when all cells have ended."""
+CELL_UNANSWERED_S = 5.0
+"""Longest wait at a cell's end for a tracker that never answered: it is asked again when all cells have ended."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,23 @@ class CellTrackers:
 
     @contextmanager
     def of(
-        self, cell: Cell, folder: Path, without: Container[str] = (), end_s: float | None = CELL_END_S
+        self, cell: Cell, folder: Path, without: Container[str] = (), unanswered_s: float | None = CELL_UNANSWERED_S
     ) -> Iterator[Tracking]:
         """Yields the tracking of a cell; its folder keeps which trackers have all that the block gave them.
 
         Args:
             cell: The cell.
             folder: Of its results; its name is the run's id.
-            without: Trackers that are not asked, as `Tracking` calls them.
-            end_s: Longest wait at its end, as of `Tracking`.
+            without: Trackers that are not asked, as `shown` has them.
+            unanswered_s: Longest wait for one that never answered, as of `Tracking`.
         """
-        names = [name for name in self.names if self._text_of(name) not in without]
+        names = [name for name in self.names if shown(name) not in without]
         label = f"{self.study}: {cell.label}"
-        with tracking_to(names, self.folder, name=label, run=folder.name, end_s=end_s) as tracking:
+        with tracking_to(names, self.folder, name=label, run=folder.name, unanswered_s=unanswered_s) as tracking:
             yield tracking
         if len(names) == len(self.names) > 0 and not tracking.missed:
-            known = _known(folder)
-            durable.write_text(
-                folder / TRACKED, json.dumps([*known, *(n for n in self.names if n not in known)]) + "\n"
-            )
+            known = dict.fromkeys([*_known(folder), *map(shown, self.names)])
+            durable.write_text(folder / TRACKED, json.dumps([*known]) + "\n")
 
     def write(self, cells: Iterable[tuple[Cell, Path]]) -> dict[str, int]:
         """Writes the cells that some tracker does not have: those from before, and what one of them did not take.
@@ -81,12 +79,12 @@ class CellTrackers:
         missed: Counter[str] = Counter()
         silent: set[str] = set()
         for cell, folder in cells:
-            if set(self.names) <= set(_known(folder)):
+            if set(map(shown, self.names)) <= set(_known(folder)):
                 continue
             report = load_report(folder)
             for tracker in silent:
                 missed[tracker] += len(report["rounds"]) + bool(report["initial_metrics"])
-            if silent == set(map(self._text_of, self.names)):
+            if silent == set(map(shown, self.names)):
                 continue
             with self.of(cell, folder, silent, None) as tracking:
                 tracking.begin(report)
@@ -96,10 +94,6 @@ class CellTrackers:
             missed.update(tracking.missed)
             silent |= tracking.silent
         return dict(missed)
-
-    def _text_of(self, name: str) -> str:
-        """Returns what `Tracking` calls the tracker that `NAME` or `NAME=TARGET` asks for."""
-        return tracker_named(name, self.folder).text
 
 
 def _known(folder: Path) -> list[str]:

@@ -136,7 +136,9 @@ def _check_differ(cells: Sequence[Cell], *, overridden: bool) -> None:
     """
     found: dict[str, Cell] = {}
     for cell in cells:
-        other = found.setdefault(f"{cell.train} {cell.test} {cell.config.model_dump_json(exclude={'name'})}", cell)
+        run = cell.config.model_dump_json(exclude={"name"})
+        divides = cell.config.simulation is not None and cell.config.simulation.divides
+        other = found.setdefault(f"{cell.train} {cell.test} {run} {divides}", cell)
         if other is not cell:
             why = "what is set for all cells takes the place of what they differ in; " if overridden else ""
             raise ConfigInvalid(
@@ -281,11 +283,13 @@ def _nowhere(name: str, why: str) -> DataInvalid:
 
 
 def _part(folder: Path, split: str) -> Path | None:
-    """Returns a split of a folder: a file of it, or a folder where those beside it are splits too, and no classes."""
+    """Returns a split of a folder: a file of it, or a folder that is no class: there are others, or splits alone."""
     if (file := folder / f"{split}.parquet").exists():
         return file
     names = [each.name for each in subfolders(folder)]
-    return folder / split if split in names and len(splits_among(names)) == len(names) else None
+    splits = splits_among(names)
+    are_splits = len(set(splits.values())) > 1 or len(splits) == len(names)
+    return folder / split if split in names and are_splits else None
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 from fedpeft.config import RunConfig, SimulationConfig
 from fedpeft.config.simulation import DIVISION
 from fedpeft.data.division import drawn_rows
-from fedpeft.errors import DataInvalid, FedpeftError, SettingsInvalid
+from fedpeft.errors import ConfigInvalid, DataInvalid, FedpeftError, SettingsInvalid
 from fedpeft.models.backbones import Backbone, skeleton
 from fedpeft.models.checkpoints import resolve_weights
 from fedpeft.models.tasks import task_of
@@ -60,6 +60,8 @@ class _Checks:
             check_run(config, self._machine.device, is_simulated=not self._machine.over_network)
         if self._is_new("weights", config.model.weights):
             resolve_weights(config.model.weights, self._machine.weights)
+        if self._machine.over_network and config.model.task:
+            self._check_other_task(cell)
         of_clients = config.model_dump_json(
             include={"rounds": True, "aggregation": True, "training": {"algorithm"}}, exclude={"rounds": {"seed"}}
         )
@@ -75,6 +77,15 @@ class _Checks:
         new = what not in self._passed
         self._passed.add(what)
         return new
+
+    def _check_other_task(self, cell: Cell) -> None:
+        """Refuses what agents could not be given: parts of data are written for the task of images alone."""
+        held_out = (cell.config.simulation or SimulationConfig()).held_out
+        if not self._divisions.folders(cell):
+            raise ConfigInvalid("over a network, data of another task than images are folders of clients; divide them")
+        if cell.test is not None and held_out is not None:
+            text = "over a network, all held-out data of another task than images are scored; leave it out"
+            raise ConfigInvalid(f"simulation.held_out: {text}", (("simulation.held_out", text),))
 
     def _check_training_data(self, cell: Cell) -> None:
         """Opens the data of every client as its task does; of a data set that is divided, all rows at once if it can.

@@ -11,7 +11,7 @@ from fedpeft.config.simulation import DIVISION
 from fedpeft.data.partition_writer import file_names
 from fedpeft.models.tasks import Task, task_of
 from fedpeft.simulation import clients_of, reading_of
-from fedpeft.simulation.clients import Data, division_of, place_of
+from fedpeft.simulation.clients import Data, clients_there, division_of, place_of
 from fedpeft.simulation.local_trainer import naming
 from fedpeft.studies.cells import Cell
 
@@ -22,6 +22,7 @@ class Divisions:
     def __init__(self) -> None:
         self._sources: dict[tuple[Any, ...], Data] = {}
         self._folders: dict[tuple[Any, ...], dict[str, Path]] = {}
+        self._parts: tuple[str, dict[str, Any]] | None = None  # of the last division: all of them would fill the memory
         self._sizes: dict[str, Mapping[str, int]] = {}
 
     @staticmethod
@@ -46,10 +47,9 @@ class Divisions:
     def folders(self, cell: Cell) -> Mapping[str, Path]:
         """Returns the clients that are folders already, by name; none where one data set is divided. Raises as `of`."""
         if (key := _kind(cell)) not in self._folders:
-            clients, divided = clients_of(cell.train, cell.config)
-            self._folders[key] = {
-                name: data for name, data in clients.items() if divided is None and isinstance(data, Path)
-            }
+            self._folders[key] = clients_there(place_of(cell.train, cell.config), cell.config)
+            if not self._folders[key] and cell.config.simulation is None:
+                clients_of(cell.train, cell.config)  # says what is missing
         return self._folders[key]
 
     def source(self, path: Path, config: RunConfig) -> Data:
@@ -60,9 +60,11 @@ class Divisions:
 
     def parts(self, cell: Cell) -> dict[str, Any]:
         """Returns the rows of each client of a data set that is divided, int64[n], by its name."""
-        assert cell.config.simulation is not None  # or `folders` had raised
-        split = division_of(cell.config.simulation).of(self.source(cell.train, cell.config), cell.seed)
-        return dict(zip(file_names(split.names), split.parts, strict=True))
+        if self._parts is None or self._parts[0] != self.key(cell):
+            assert cell.config.simulation is not None  # or `folders` had raised
+            split = division_of(cell.config.simulation).of(self.source(cell.train, cell.config), cell.seed)
+            self._parts = self.key(cell), dict(zip(file_names(split.names), split.parts, strict=True))
+        return self._parts[1]
 
     def _divided(self, cell: Cell) -> dict[str, int]:
         return {name: len(rows) for name, rows in self.parts(cell).items()}

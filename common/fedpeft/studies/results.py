@@ -14,13 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import json_format
 from pydantic import BaseModel, ValidationError
 
 from fedpeft.config import RunConfig
-from fedpeft.errors import DataInvalid, SettingsInvalid
+from fedpeft.errors import ConfigInvalid, DataInvalid, SettingsInvalid
 from fedpeft.formatting import counted
 from fedpeft.rounds import record
+from fedpeft.rpc import wire
 from fedpeft.studies.files import CELLS, FAILURE, RECORDS, REPORT, STUDY
+from fedpeft.v1 import run_pb2
 
 CONFIDENCE = 0.95
 
@@ -379,21 +382,23 @@ def own_report(folder: Path, config: RunConfig) -> dict[str, Any]:
         DataInvalid: If it is of another, or cannot be read.
     """
     report = load_report(folder)
-    said = report.get("config", {})
-    ours = {"model": config.model.name, "method": config.peft.method, "seed": config.rounds.seed}
-    found = {
-        "model": said.get("model", {}).get("name"),
-        "method": said.get("peft", {}).get("method"),
-        "seed": int(said.get("rounds", {}).get("seed", 0)),
-    }
-    if found != ours:
-        raise DataInvalid(f"{folder / REPORT} is of another run: it has {found}, and this one {ours}")
+    try:
+        found = wire.config_from_proto(json_format.ParseDict(report["config"], run_pb2.RunConfig()))
+    except (KeyError, json_format.ParseError, ConfigInvalid) as error:
+        raise DataInvalid(f"{folder / REPORT} cannot be used: config: {error}") from None
+    if _compared(found) != _compared(wire.config_from_proto(wire.config_to_proto(config))):
+        raise DataInvalid(f"{folder / REPORT} is of another run")
     if report["rounds"] and (folder / RECORDS).exists():
         lines = (folder / RECORDS).read_text("ascii", "replace").splitlines()
         last = record.digest(lines[-1]) if lines else ""
         if last != report["rounds"][-1].get("record_sha256"):
             raise DataInvalid(f"{folder / RECORDS} does not end with the record of the last round in {folder / REPORT}")
     return report
+
+
+def _compared(config: RunConfig) -> dict[str, Any]:
+    """Returns a run without its name, and without the noise, which may have been worked out."""
+    return config.model_dump(exclude={"name": True, "simulation": True, "privacy": {"noise_multiplier"}})
 
 
 def paused(report: Mapping[str, Any]) -> str:

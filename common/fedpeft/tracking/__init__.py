@@ -8,7 +8,7 @@ doubles none. Each tracker works in a thread of its own: one that fails or is sl
 from __future__ import annotations
 
 from fedpeft.tracking.figures import TrackedRun
-from fedpeft.tracking.tracker import Point, Tracker, tracker_named, trackers
+from fedpeft.tracking.tracker import Point, Tracker, shown, tracker_named, trackers
 from fedpeft.tracking.tracking import Tracking, tracking_to
 
-__all__ = ["Point", "TrackedRun", "Tracker", "Tracking", "tracker_named", "trackers", "tracking_to"]
+__all__ = ["Point", "TrackedRun", "Tracker", "Tracking", "shown", "tracker_named", "trackers", "tracking_to"]

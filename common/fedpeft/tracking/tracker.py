@@ -25,6 +25,7 @@ class Tracker(ABC):
     Attributes:
         module: The library that it needs.
         extra: The extra of this package that installs it.
+        text: The tracker as people asked for it, see `shown`; empty where nobody did.
 
     Args:
         target: Place that was named, in the library's words; empty for its own choice.
@@ -33,16 +34,11 @@ class Tracker(ABC):
 
     module: ClassVar[str]
     extra: ClassVar[str]
+    text: str = ""
 
     def __init__(self, target: str, folder: Path) -> None:
         self.target = target
         self.folder = folder
-
-    @property
-    def text(self) -> str:
-        """The tracker as people name it, with its target but no password of it."""
-        target = re.sub(r"//[^/@]*@", "//", self.target)
-        return f"{self.extra}={target}" if target else self.extra
 
     def key(self, name: str) -> str:
         """Returns the name of a figure in this sink."""
@@ -92,4 +88,11 @@ def tracker_named(text: str, folder: Path) -> Tracker:
             f"tracker {name} needs {kind.module}, which is not installed; install it with: "
             f'pip install "fedpeft[{kind.extra}]"'
         )
-    return kind(target, folder)
+    tracker = kind(target, folder)
+    tracker.text = shown(text)
+    return tracker
+
+
+def shown(text: str) -> str:
+    """Returns `NAME` or `NAME=TARGET` without what may be secret in it: the user and the query of a URL."""
+    return re.sub(r"\?.*", "", re.sub(r"//[^/]*@", "//", text))

@@ -36,15 +36,15 @@ class Tracking:
         trackers: Those; may be none.
         name: Name of the run in them; that of the report if empty.
         run: Its id in them, which no other run has; that of the report if empty.
-        end_s: Longest wait of `end`; `END_S` if absent.
+        unanswered_s: Longest wait of `end` for one that has not taken the run's begin; `END_S` if absent.
     """
 
     def __init__(
-        self, trackers: Iterable[Tracker] = (), *, name: str = "", run: str = "", end_s: float | None = None
+        self, trackers: Iterable[Tracker] = (), *, name: str = "", run: str = "", unanswered_s: float | None = None
     ) -> None:
         self._sinks = [_Sink(each) for each in trackers]
         self._name, self._run = name, run
-        self._end_s = END_S if end_s is None else end_s
+        self._unanswered_s = unanswered_s
         self._is_open = True
 
     def begin(self, report: Json, *, simulated: bool = False) -> None:
@@ -70,14 +70,14 @@ class Tracking:
         self._put(row["version"], figures_of(row), row["committed_at"])
 
     def end(self, state: str) -> None:
-        """Takes the end of the run, and waits until all is written, for `end_s` at most."""
+        """Takes the end of the run, and waits until all is written, for `END_S` at most."""
         if self._is_open:
             self._is_open = False
             for sink in self._sinks:
                 sink.end(state)
-            deadline = time.monotonic() + self._end_s
+            now = time.monotonic()
             for sink in self._sinks:
-                sink.join(deadline)
+                sink.join(now + (END_S if sink.has_answered else self._unanswered_s or END_S))
 
     @property
     def missed(self) -> dict[str, int]:
@@ -103,7 +103,7 @@ class Tracking:
 
 
 def tracking_to(
-    names: Iterable[str], folder: Path, *, name: str = "", run: str = "", end_s: float | None = None
+    names: Iterable[str], folder: Path, *, name: str = "", run: str = "", unanswered_s: float | None = None
 ) -> Tracking:
     """Returns the tracking by trackers as `--track` names them; see `Tracking`.
 
@@ -111,7 +111,8 @@ def tracking_to(
         ConfigInvalid: If there is no such tracker.
         LocalError: If its library is not installed.
     """
-    return Tracking([tracker_named(each, folder) for each in names], name=name, run=run, end_s=end_s)
+    sinks = [tracker_named(each, folder) for each in names]
+    return Tracking(sinks, name=name, run=run, unanswered_s=unanswered_s)
 
 
 class _Sink:
@@ -124,7 +125,7 @@ class _Sink:
     """
 
     def __init__(self, tracker: Tracker) -> None:
-        self.name = tracker.text
+        self.name = tracker.text or type(tracker).extra
         self.owed: dict[int, Figures] = {}
         self.is_silent = False
         self._lock = threading.Lock()  # of `owed`, which both threads change
@@ -134,6 +135,11 @@ class _Sink:
         self._failures = 0
         self._queue: queue.Queue[str | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
+
+    @property
+    def has_answered(self) -> bool:
+        """True once the tracker has taken the run's begin."""
+        return self._written is not None
 
     def begin(self, run: TrackedRun) -> None:
         """Adds the run; the tracker's thread begins."""

@@ -16,15 +16,12 @@ import structlog
 
 from fedpeft.data.sources import disks
 from fedpeft.data.sources.file_names import PARQUET_SUFFIXES, shown
-from fedpeft.data.sources.interface import ImageUnreadable, Indices, bytes_or_note
+from fedpeft.data.sources.interface import ImageUnreadable, Indices, bytes_or_note, reckoned_bytes
 from fedpeft.data.sources.inventory import Fate, Group, Inventory, Tally
 from fedpeft.data.sources.parquet_labels import metadata
 from fedpeft.data.sources.splits import one_to_train_on, split_called, splits_among
 from fedpeft.data.sources.walk import UNTOLD, walk
 from fedpeft.errors import DataInvalid
-
-SIZED = 1000
-"""Files whose sizes are asked for; those of all are reckoned from these."""
 
 _log = structlog.get_logger(__name__)
 
@@ -92,7 +89,7 @@ class FolderSource:
             _tell_of_sites(root, inner)
         self.labels: Indices = np.array(groups, np.int64)
         self.labels.flags.writeable = False
-        self.image_bytes_total = self._reckoned_bytes()
+        self.image_bytes_total = reckoned_bytes(len(self), lambda row: os.path.join(root, self._paths[row]))
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -144,19 +141,6 @@ class FolderSource:
             some = [int(row) for row in rows[start : start + _BATCH]]
             images = [{"bytes": bytes_or_note(self, row, taken=1), "path": self.name(row)} for row in some]
             yield pa.Table.from_pydict({"image": images, "label": self.labels[some]}, self.schema)
-
-    def _reckoned_bytes(self) -> int:
-        """Returns the size of all files by that of `SIZED` of them, evenly spaced: a million cost minutes to ask."""
-        rows = np.unique(np.linspace(0, len(self) - 1, min(len(self), SIZED)).astype(int))
-        sizes = [_size(os.path.join(self._root, self._paths[row])) for row in rows]
-        return sum(sizes) * len(self) // len(rows)
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
 
 
 def _check(root: Path, classes: Mapping[str, Inventory], whole: Inventory) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from fedpeft.data.sources import disks
-from fedpeft.data.sources.interface import ImageUnreadable, Indices, bytes_or_note
+from fedpeft.data.sources.interface import ImageUnreadable, Indices, bytes_or_note, reckoned_bytes
 from fedpeft.data.sources.inventory import EMPTY, Inventory
 from fedpeft.data.sources.parquet_files import ParquetFiles
 from fedpeft.data.sources.parquet_labels import class_names, named, read_labels
@@ -67,7 +67,7 @@ class ParquetSource:
             raise DataInvalid(f"{self._files} has no rows")
         column = [batch.column(label) for batch in self._batches]
         self.class_names, self.labels, self.unnamed = read_labels(self.schema, label, column, str(self._files))
-        self.image_bytes_total = sum(images.nbytes for images in self._images)
+        self.image_bytes_total = sum(images.nbytes for images in self._images) + self._named_bytes()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -129,6 +129,17 @@ class ParquetSource:
             self._load()
             return self.__dict__[name]
         raise AttributeError(name)
+
+    def _named_bytes(self) -> int:
+        """Returns the size of the image files that rows name, reckoned."""
+        lacking = [np.flatnonzero(images.is_null().to_numpy(zero_copy_only=False)) for images in self._images]
+        rows = np.concatenate([start + each for start, each in zip(self._starts, lacking, strict=False)])
+
+        def file(number: int) -> Path:
+            row = int(rows[number])
+            return self._file(row)[0].parent / (self._path(row) or "")
+
+        return reckoned_bytes(len(rows), file)
 
     def _column(self, given: str | None, known: Sequence[str], kind: str) -> str:
         """Returns the name of a column, as given or one of the usual names."""

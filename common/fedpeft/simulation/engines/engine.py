@@ -40,7 +40,10 @@ class Engine(ABC):
 
     @classmethod
     def misfit(cls, config: RunConfig, device: torch.device) -> Fault | None:
-        """Returns a field of a run that the engine cannot compute here, and why; None, as here, if there is none."""
+        """Returns a field of a run that the engine cannot compute here, and why; None, as here, if there is none.
+
+        It is asked of the run file before anything runs, and of the run as a server has it, which has no `simulation`.
+        """
         return None
 
     @property

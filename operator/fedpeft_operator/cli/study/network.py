@@ -116,7 +116,7 @@ class Federation:
         given: Mapping[str, object | None] = {
             "--server": session.server,
             "--name": name,
-            "--data": data,
+            "--data": f"{task}:{data}" if (task := self._cell.config.model.task) else data,
             "--state-dir": self._place / "state" / name,
             "--threads": machine.threads,
             "--device": machine.device,
