@@ -259,7 +259,8 @@ def simulate(
     renamed = None if label_map is None else path_of(label_map, "label_map")
     given = _GivenData(data, image_column, label_column, renamed)
     config, folder = configured(run, given.classes), path_of(out, "out")
-    simulation.check_apart(folder, [*given.paths, Path(evaluate) if isinstance(evaluate, str) else evaluate])
+    scored = path_of(evaluate, "evaluate") if isinstance(evaluate, str | Path) else evaluate
+    simulation.check_apart(folder, [*given.paths, scored])
     simulation.check_run(config, device)
     tracking = tracking_to(list_of(track, "track", str, "texts"), folder)
     reading = simulation.reading_of(config, image_column, label_column, max_image_pixels)
@@ -268,7 +269,7 @@ def simulate(
         config,
         clients,
         folder,
-        None if evaluate is None else _opened(evaluate, "evaluate", reading),
+        None if scored is None else _opened(scored, "evaluate", reading),
         None if weights is None else path_of(weights, "weights"),
         label_map=renamed,
         device=device,
@@ -319,7 +320,7 @@ class _GivenData:
     @property
     def paths(self) -> list[Path]:
         """Those that are given by their path."""
-        return [Path(each) for each in self._data.values() if isinstance(each, str | Path)]
+        return [path_of(each, name) for name, each in self._data.items() if isinstance(each, str | Path)]
 
     def clients(
         self, config: RunConfig, reading: Reading
