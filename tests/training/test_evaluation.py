@@ -49,7 +49,7 @@ def test_classes_without_examples_and_long_names(tmp_path):
 def test_unreadable_images_are_left_out(tmp_path):
     figures = evaluate(StandIn(), data(tmp_path, 100, broken={5}), batch_size=1)
     assert (figures["examples"], figures["skipped_images"]) == (99, 1)
-    with pytest.raises(DataInvalid, match="10 of 10 images cannot be read"):
+    with pytest.raises(DataInvalid, match="none of 10 images can be read"):
         evaluate(StandIn(), data(tmp_path, 10, broken=set(range(10))))
 
 

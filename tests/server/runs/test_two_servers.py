@@ -85,19 +85,21 @@ async def test_a_fold_that_finds_its_updates_removed_finds_that_it_is_done(
 ) -> None:
     run = (await cluster.create()).id
     one, two = [await Server.of(store, run) for store in cluster.stores]
-    done, fold = asyncio.Event(), aggregation.Folding._fold_round
+    begun, known, done, fold = asyncio.Event(), asyncio.Event(), asyncio.Event(), aggregation.Folding._fold_round
 
     async def late(self: aggregation.Folding, folding: Round) -> Any:
-        if self is two.engine._folding:
-            await done.wait()
+        begun.set()
+        await (done if self is two.engine._folding else known).wait()
         return await fold(self, folding)
 
     monkeypatch.setattr(aggregation.Folding, "_fold_round", late)
     await one.offer("ab")
     await one.receive("a", 1)
     await one.receive("b", 1)
+    await begun.wait()  # it has the lease: the other would keep it from the fold that this one waits for
     await two.engine.refresh()
     assert two.engine.round.phase is Phase.AGGREGATING
+    known.set()
     await one.idle()
     tickets = [ticket.id for ticket in two.engine.round.tickets]
     assert not any(cluster.stores[0].places[-1].has_any(f"updates/{ticket}") for ticket in tickets)
