@@ -1,5 +1,6 @@
 """Each tracker: what a run left in it, by the library's own reader; a run followed again doubles nothing."""
 
+import sqlite3
 import struct
 from types import SimpleNamespace
 
@@ -143,6 +144,40 @@ def test_wandb_has_each_point_once(tmp_path, monkeypatch, capsys):
         ("0", "0.25"),
         ("2", "0.75"),
     ]
+
+
+def test_wandb_says_that_points_may_be_lost_where_a_process_was_killed(tmp_path, monkeypatch):
+    import wandb
+
+    run = SimpleNamespace(define_metric=lambda *_, **__: None, log=lambda _: None, summary={}, finish=lambda **_: None)
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    followed = tracked_run(REPORT, simulated=False)
+
+    def begun():
+        with capture_logs() as said:
+            tracker = tracker_named("wandb", tmp_path)
+            tracker.begin(followed)
+        return tracker, [line["event"].partition(":")[0] for line in said]
+
+    tracker, said = begun()
+    assert said == []
+    tracker.round(1, {"train_loss": 0.5}, 7.0)
+    tracker, said = begun()
+    assert said == ["a process of this run was killed"]
+    tracker.end("interrupted")
+    tracker, said = begun()
+    assert said == []
+
+
+def test_a_file_of_mlflow_that_a_kill_left_half_made_is_made_again(tmp_path):
+    from mlflow import MlflowClient
+
+    with sqlite3.connect(tmp_path / "runs.db.begun") as half:
+        half.execute("create table logged_models (a)")
+    follow(f"mlflow=sqlite:///{tmp_path / 'runs.db'}", tmp_path, "completed", [row(1)])
+    (run,) = MlflowClient(f"sqlite:///{tmp_path / 'runs.db'}").search_runs(["1"])
+    assert run.data.metrics["train_loss"] == 1.0
+    assert sorted(path.name for path in tmp_path.iterdir() if "db" in path.name) == ["runs.db"]
 
 
 @pytest.mark.parametrize("torn", ['[2, ["train_lo', "[2"])

@@ -49,6 +49,8 @@ class PrivacyConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         given = [key for key in _OF_NOISE if getattr(self, key) is not None]
+        if self.mechanism is None and set(given) & {"quantile", *_OF_QUANTILE}:
+            raise ValueError(f'{given[0]} needs mechanism = "central"')
         if self.mechanism is None and given:
             raise ValueError(f'{given[0]} needs mechanism = "central", "local" or "example"')
         if self.mechanism is not None:

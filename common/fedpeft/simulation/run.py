@@ -200,9 +200,11 @@ def check_clients(config: RunConfig, clients: Clients) -> None:
             raise DataInvalid(f"client name {name[:80]!r} is not {ids.CLIENT_FORM}")
     check_population(config, len(clients))
     if len(clients) < config.rounds.least_available:
+        given = (f"rounds.{key}" for key in ("min_available", "quorum") if getattr(config.rounds, key) is not None)
+        why = next(given, "the quorum of rounds.clients")
         raise ConfigInvalid(
-            f"a round needs {config.rounds.least_available} clients ([rounds]), and there are {len(clients)}: lower "
-            "rounds.clients, or simulate more"
+            f"a round needs {config.rounds.least_available} clients ({why}), and there are {len(clients)}: lower that, "
+            "or simulate more"
         )
     if len(clients) < config.rounds.available:
         log.warning("rounds open without all clients that they want", wanted=config.rounds.sampled, there=len(clients))

@@ -93,7 +93,17 @@ class MLflow(Tracker):
 
 @contextmanager
 def _making(store: str) -> Iterator[None]:
-    """Lets one process at a time make the tables of a file: two at once, as cells of a study, break each other's."""
-    folder = Path(store.removeprefix(FILE)).parent
-    with locks.in_turn(folder) if store.startswith(FILE) and folder.is_dir() else nullcontext():
+    """Makes the tables of a file that is not there, whole or not at all, and lets one process do so at a time.
+
+    Two at once, as cells of a study, break each other's, and of half of them the library cannot make the other half.
+    """
+    file = Path(store.removeprefix(FILE))
+    with locks.in_turn(file.parent) if store.startswith(FILE) and file.parent.is_dir() else nullcontext():
+        if store.startswith(FILE) and file.parent.is_dir() and not file.exists():
+            from mlflow import MlflowClient
+
+            begun = file.with_name(f"{file.name}.begun")
+            begun.unlink(missing_ok=True)
+            MlflowClient(f"{FILE}{begun}").search_experiments()
+            begun.rename(file)
         yield

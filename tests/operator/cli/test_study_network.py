@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import fedpeft
 from fedpeft.data.client_folders import clients_in
 from fedpeft.data.partition_writer import write_parts
 from fedpeft.data.partitions import iid
-from fedpeft.errors import TrainingFailed
+from fedpeft.errors import BlobCorrupt, TrainingFailed
+from fedpeft.rounds import record
 from fedpeft.studies.cells import Machine, cells_of
 from fedpeft.studies.study_file import load_study
 from fedpeft.v1 import operator_service_pb2 as pb
@@ -58,6 +60,15 @@ def test_a_cell_has_the_same_bits_and_scores_over_the_network_as_simulated(tmp_p
     for row in reports[0]["rounds"]:
         assert row["wire_bytes_up"] > row["payload_bytes_up"] > 0
     assert not (over / "network").exists()
+    records = (over / "records.jsonl").read_text().splitlines()
+    assert [record.digest(each) for each in records] == [row["record_sha256"] for row in reports[0]["rounds"]]
+    simulation = fedpeft.Simulation(over)
+    simulation.adapter()
+    damaged = bytearray((over / "adapter.safetensors").read_bytes())
+    damaged[-100] ^= 1
+    (over / "adapter.safetensors").write_bytes(damaged)
+    with pytest.raises(BlobCorrupt):
+        simulation.adapter()
 
 
 @pytest.mark.parametrize("index", [False, True])
@@ -116,7 +127,7 @@ async def test_a_run_that_would_wait_for_a_person_fails_its_cell(changes, why):
         served.double.runs = {RUN: a_run()}
         served.double.script = [pb.WatchRunResponse(run=a_run()), pb.WatchRunResponse(run=a_run(**changes)), 60.0]
         with pytest.raises(TrainingFailed) as failed:
-            await completed(Session(served.address, insecure=True), RUN)
+            await completed(Session(served.address, insecure=True), RUN, lambda version: None)
     assert failed.value.message == why
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,7 +32,7 @@ from fedpeft.simulation.local_trainer import HELD_OUT_SEED
 from fedpeft.studies.cell_process import in_log
 from fedpeft.studies.cells import Cell, Machine
 from fedpeft.studies.divisions import Divisions
-from fedpeft.studies.files import REPORT
+from fedpeft.studies.files import RECORDS, REPORT
 from fedpeft_operator.cli.run.commands import shown_run
 from fedpeft_operator.cli.run.create import created
 from fedpeft_operator.cli.session import Session
@@ -78,12 +78,13 @@ class Federation:
                 self._start(processes, session, EVALUATOR, self._held_out(self._cell.test), "--evaluate")
             config = _for_all(self._cell.config, len(clients))
             run = await first_of(created(session, config, self._machine.weights), processes.watch())
-            await first_of(completed(session, run.id), processes.watch())
+            await first_of(completed(session, run.id, events.send), processes.watch())
             report = await first_of(reported(session, run.id, scored=self._cell.test is not None), processes.watch())
             async with session.client() as server:
                 await server.download(run.id, self._folder / "adapter.safetensors")
+                rounds = await server.rounds(run.id)
+        durable.write_text(self._folder / RECORDS, "".join(f"{each.record}\n" for each in rounds if each.record))
         report["partition"] = division
-        events.send(len(report["rounds"]))
         durable.write_text(self._folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         shutil.rmtree(self._place, ignore_errors=True)
 
@@ -128,14 +129,21 @@ class Federation:
         processes.start(name, ["-m", "fedpeft_client", *arguments, *FOR_PEOPLE, *flags])
 
 
-async def completed(session: Session, run: str) -> None:
+async def completed(session: Session, run: str, committed: Callable[[int], None]) -> None:
     """Follows a run until it is completed, line by line.
+
+    Args:
+        session: The server.
+        run: Id of the run.
+        committed: Told of the number of each new version.
 
     Raises:
         TrainingFailed: If it waits for what only a person could change; nobody looks at a run of a study.
     """
-    narrator = Narrator()
+    narrator, version = Narrator(), 0
     async for snapshot in follow(session.client, run):
+        if snapshot.run.version > version:
+            committed(version := snapshot.run.version)
         for line in narrator.lines(snapshot):
             output.say(line)
         _check(views.run_json(snapshot.run, [], None))
