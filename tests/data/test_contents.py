@@ -92,6 +92,12 @@ def test_a_parquet_file_is_named_by_the_images_and_the_description_that_lie_besi
     assert digest_of(tmp_path / "first") != whole
 
 
+def test_images_in_lists_and_deeper_are_none_that_a_file_is_read_with(tmp_path):
+    image = {"bytes": None, "path": "a.png"}
+    rows = pa.Table.from_pylist([{"images": [image], "pair": {"left": image}, "label": 1}])
+    assert beside(write(tmp_path / "data.parquet", rows)) == []
+
+
 def test_a_file_that_is_no_parquet_is_named_by_its_bytes_whatever_it_is_called(tmp_path):
     (tmp_path / "one.parquet").write_bytes(b"text")
     (tmp_path / "two").write_bytes(b"text")

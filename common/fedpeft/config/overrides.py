@@ -46,12 +46,13 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, .
     key = NAMED_BY.get(at)
     if key is not None and key in over and over[key] != base.get(key):
         return copy.deepcopy(dict(over))
-    kept = dict(base)
-    for name, (options, of_default) in OPTIONS_OF.get(at, {}).items():
-        if name in over and over[name] != base.get(name):
-            for option in options if name in base else of_default:
-                kept.pop(option, None)
-    return _laid(kept, over, at, merged)
+    gone = {
+        option
+        for name, (options, of_default) in OPTIONS_OF.get(at, {}).items()
+        if name in over and over[name] != base.get(name)
+        for option in (options if name in base else of_default)
+    }
+    return _laid({key: value for key, value in base.items() if key not in gone}, over, at, merged)
 
 
 def united(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, ...] = ()) -> Table:
@@ -67,12 +68,13 @@ def united(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, .
     key = NAMED_BY.get(at)
     if key is not None and key in base and key in over and over[key] != base[key]:
         return copy.deepcopy(dict(over))
-    kept = dict(base)
-    for name, (options, _) in OPTIONS_OF.get(at, {}).items():
-        if name in base and name in over and over[name] != base[name]:
-            for option in options:
-                kept.pop(option, None)
-    return _laid(kept, over, at, united)
+    gone = {
+        option
+        for name, (options, _) in OPTIONS_OF.get(at, {}).items()
+        if name in base and name in over and over[name] != base[name]
+        for option in options
+    }
+    return _laid({key: value for key, value in base.items() if key not in gone}, over, at, united)
 
 
 def _laid(base: Mapping[str, Any], over: Mapping[str, Any], at: tuple[str, ...], below: Callable[..., Table]) -> Table:

@@ -95,7 +95,7 @@ def _named_images(file: pq.ParquetFile) -> set[str]:
     leaves = {file.metadata.schema.column(k).path: k for k in range(file.metadata.num_columns)}
     found: set[str] = set()
     for column in (leaf.removesuffix(".bytes") for leaf in leaves if leaf.endswith(".bytes")):
-        if f"{column}.path" not in leaves:
+        if f"{column}.path" not in leaves or column not in file.schema_arrow.names:  # that is in a list, or deeper
             continue
         for number in range(file.metadata.num_row_groups):
             statistics = file.metadata.row_group(number).column(leaves[f"{column}.bytes"]).statistics
