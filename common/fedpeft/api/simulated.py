@@ -79,12 +79,9 @@ class Simulation:
     @property
     def config(self) -> RunConfig:
         """The run file, without `[simulation]`."""
-        from google.protobuf import json_format
+        from fedpeft.studies.results import config_of
 
-        from fedpeft.rpc.wire import config_from_proto
-        from fedpeft.v1 import run_pb2
-
-        return config_from_proto(json_format.ParseDict(self.report["config"], run_pb2.RunConfig()))
+        return config_of(self.report)
 
     @property
     def state(self) -> str:

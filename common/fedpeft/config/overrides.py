@@ -46,13 +46,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, .
     key = NAMED_BY.get(at)
     if key is not None and key in over and over[key] != base.get(key):
         return copy.deepcopy(dict(over))
-    gone = {
-        option
-        for name, (options, of_default) in OPTIONS_OF.get(at, {}).items()
-        if name in over and over[name] != base.get(name)
-        for option in (options if name in base else of_default)
-    }
-    return _laid({key: value for key, value in base.items() if key not in gone}, over, at, merged)
+    return _laid(_kept(base, over, at, named_alone=False), over, at, merged)
 
 
 def united(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, ...] = ()) -> Table:
@@ -68,13 +62,23 @@ def united(base: Mapping[str, Any], over: Mapping[str, Any], *, at: tuple[str, .
     key = NAMED_BY.get(at)
     if key is not None and key in base and key in over and over[key] != base[key]:
         return copy.deepcopy(dict(over))
-    gone = {
-        option
-        for name, (options, _) in OPTIONS_OF.get(at, {}).items()
-        if name in base and name in over and over[name] != base[name]
-        for option in options
-    }
-    return _laid({key: value for key, value in base.items() if key not in gone}, over, at, united)
+    return _laid(_kept(base, over, at, named_alone=True), over, at, united)
+
+
+def _kept(base: Mapping[str, Any], over: Mapping[str, Any], at: tuple[str, ...], *, named_alone: bool) -> Table:
+    """Returns `base` without the options of values in whose place `over` puts others.
+
+    Args:
+        base: The tables.
+        over: The override.
+        at: Path of both in the run file.
+        named_alone: False if the options of a default go too, where `base` names no value.
+    """
+    gone = set[str]()
+    for name, (options, of_default) in OPTIONS_OF.get(at, {}).items():
+        if name in over and over[name] != base.get(name):
+            gone.update(options if name in base else () if named_alone else of_default)
+    return {key: value for key, value in base.items() if key not in gone}
 
 
 def _laid(base: Mapping[str, Any], over: Mapping[str, Any], at: tuple[str, ...], below: Callable[..., Table]) -> Table:

@@ -230,14 +230,8 @@ def start(cell: Cell, machine: Machine, folder: Path, work: CellWork) -> tuple[F
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fedpeft.studies.cell_process", "fedpeft.simulation"])
     ours, theirs = context.Pipe(duplex=False)
-    arguments = (
-        dict(os.environ),
-        work,
-        cell,
-        machine,
-        folder,
-        theirs,
-    )  # the fork server has the first study's environment
+    # The fork server has the environment of the program's first study.
+    arguments = dict(os.environ), work, cell, machine, folder, theirs
     process = context.Process(target=in_environment, args=arguments, daemon=False)
     process.start()
     theirs.close()

@@ -375,6 +375,17 @@ def ended(folder: Path) -> str:
     return paused(load_report(folder)) if (folder / REPORT).exists() else _failed(folder)
 
 
+def config_of(report: Mapping[str, Any]) -> RunConfig:
+    """Returns the run file of a report, without `[simulation]`.
+
+    Raises:
+        KeyError: If it has none.
+        ParseError: Of protobuf's JSON, if it is malformed.
+        ConfigInvalid: If a field breaks a rule.
+    """
+    return wire.config_from_proto(json_format.ParseDict(report["config"], run_pb2.RunConfig()))
+
+
 def own_report(folder: Path, config: RunConfig) -> dict[str, Any]:
     """Returns the report in a folder, if it is of a run, and of the records that lie beside it.
 
@@ -383,7 +394,7 @@ def own_report(folder: Path, config: RunConfig) -> dict[str, Any]:
     """
     report = load_report(folder)
     try:
-        found = wire.config_from_proto(json_format.ParseDict(report["config"], run_pb2.RunConfig()))
+        found = config_of(report)
     except (KeyError, json_format.ParseError, ConfigInvalid) as error:
         raise DataInvalid(f"{folder / REPORT} cannot be used: config: {error}") from None
     if _compared(found) != _compared(wire.config_from_proto(wire.config_to_proto(config))):
