@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
@@ -10,6 +11,8 @@ from sqlalchemy.engine import URL
 from fedpeft_server.timing import Timing
 
 _PROBES = 3
+_STATUS_S = 0.05
+"""Pause between two looks at a transaction that is under way."""
 
 LOCKED = "55P03"
 """The state with which PostgreSQL says that another session held a lock for too long."""
@@ -62,6 +65,21 @@ def _ms(seconds: float) -> int:
 def unlimited(connection: Connection) -> None:
     """Lets the statements of a transaction take their time: a migration may rewrite large tables."""
     connection.execute(text("SET LOCAL statement_timeout = 0"))
+
+
+def transaction_number(connection: Connection) -> int:
+    """Returns the number of a transaction, by which its outcome can be asked for once its connection is lost."""
+    return int(connection.execute(text("SELECT txid_current()")).scalar_one())
+
+
+def is_committed(connection: Connection, number: int, most_s: float) -> bool:
+    """Returns True if a transaction was committed; one that is under way is waited for, for so many seconds at most."""
+    until, status = time.monotonic() + most_s, text("SELECT txid_status(:number)")
+    while (found := connection.execute(status, {"number": number}).scalar()) == "in progress":
+        if time.monotonic() > until:
+            return False
+        time.sleep(_STATUS_S)
+    return bool(found == "committed")
 
 
 CORRUPT = ("XX001", "XX002")

@@ -14,6 +14,7 @@ from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, FedpeftError
 from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
 from fedpeft_server.clock import DatabaseClock
+from fedpeft_server.store import postgresql
 from fedpeft_server.store.connection import readers, reading, translated
 from fedpeft_server.store.notices.notices import Notices
 from fedpeft_server.store.queries import audit as audit_queries
@@ -58,8 +59,8 @@ class Transactions:
     def begin(self, *events: AuditEvent) -> Iterator[Connection]:
         """Makes a transaction of what the block does, and of the entries of `events`.
 
-        One whose commit was not answered is looked for, by its last entry in the audit log: repeated, it would be
-        told twice, and its bytes counted twice.
+        One whose commit was not answered is looked for, by its last entry in the audit log, or by its number where it
+        has none: repeated, it would be told twice, and its bytes counted twice.
 
         Raises:
             DiskFull: If there is no room; the transaction is undone.
@@ -69,9 +70,11 @@ class Transactions:
         """
         if self._snapshot is not None:
             raise RuntimeError("a method that writes was called where only reading is possible; use `Store.transact`")
-        before, is_complete = self._head, False
+        before, is_complete, number = self._head, False, None
         try:
             with translated(self._where, self._timing), self.engine.begin() as connection:
+                if self.notices.are_heard and not events:
+                    number = postgresql.transaction_number(connection)
                 yield connection
                 for event in events:
                     self.append(connection, event)
@@ -80,7 +83,7 @@ class Transactions:
         except BaseException as error:
             last, self._head = self._head, None
             unavailable = isinstance(error, DatabaseUnavailable)
-            if is_complete and unavailable and last is not None and last is not before and self._has(last):
+            if is_complete and unavailable and self._is_made(None if last is before else last, number):
                 self._head, self.unavailable = last, False
                 return
             self.unavailable = unavailable
@@ -172,12 +175,25 @@ class Transactions:
         self.readers.dispose()
         self.engine.dispose()  # the last one to close a SQLite database tidies it up
 
-    def _has(self, entry: AuditEntry) -> bool:
-        """Returns True if an entry, whose transaction was not answered, is in the database; False if nobody can say."""
-        if self.engine.dialect.name == "sqlite":  # no line lies between, so the failure is the answer
+    def _is_made(self, entry: AuditEntry | None, number: int | None) -> bool:
+        """Returns True if a transaction that was not answered is in the database; False if nobody can say.
+
+        It may be under way: its commit is on the line, or waits for the disk. Then its end is waited for. An entry is
+        the surer sign: after a failover that lost the transaction, another one may have its number.
+
+        Args:
+            entry: Its last entry in the audit log; None if it has none.
+            number: Its number; None if it is not known.
+        """
+        if not self.notices.are_heard:  # SQLite: no line lies between, so the failure is the answer
             return False
         try:
-            return self.entries_after(entry.number - 1, 1) == [entry]
+            with self.read() as connection:
+                if entry is not None:
+                    audit_queries.lock(connection)  # which it holds until it ends
+                    return audit_queries.select_after(connection, entry.number - 1, 1) == [entry]
+                most_s = self._timing.database_busy_s
+                return number is not None and postgresql.is_committed(connection, number, most_s)
         except FedpeftError:
             return False
 

@@ -22,6 +22,8 @@ class Line:
         self._database = database
         self.breaks_at_commit_of = b""
         """It breaks when the transaction that has this statement is committed."""
+        self.delay_s = 0.0
+        """Time for which that commit is still on its way once the line is broken."""
         self.away = False
         """Set while it takes no new connection."""
 
@@ -37,7 +39,7 @@ class Line:
         there, back = await asyncio.open_unix_connection(self._database)
         answers = asyncio.create_task(self._answers(there, writer))
         try:
-            await self._questions(reader, there, back, answers)
+            await self._questions(reader, writer, there, back, answers)
         except (ConnectionError, asyncio.CancelledError):
             pass  # either end may go at any time
         finally:
@@ -48,6 +50,7 @@ class Line:
     async def _questions(
         self,
         reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
         there: asyncio.StreamReader,
         back: asyncio.StreamWriter,
         answers: asyncio.Task[None],
@@ -59,6 +62,9 @@ class Line:
             if commits:
                 answers.cancel()
                 await asyncio.wait({answers})
+                if self.delay_s:
+                    writer.close()
+                    await asyncio.sleep(self.delay_s)
             back.write(data)
             await back.drain()
             if commits:
@@ -132,22 +138,51 @@ def actions(daemon: Daemon) -> list[str]:
     return [entry.action for entry in daemon.server.store.db.transactions.entries_after(0, 1000)]
 
 
-@pytest.mark.parametrize("statement", [b"INSERT INTO updates", b"INSERT INTO versions"])
-async def test_a_transition_whose_commit_was_not_answered_counts_once(
-    line: tuple[Line, str], start: StartDaemon, statement: bytes
-) -> None:
-    """The receipt and the fold were written twice: in the audit log, and their bytes in the database."""
-    daemon = await start(database=line[1])
-    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
-    line[0].breaks_at_commit_of = statement
-    assert await works(daemon, run.id)
-    assert not line[0].breaks_at_commit_of, "it broke"
+async def count_once(daemon: Daemon, run: str) -> None:
+    """Holds that a round, its update and its bytes were written once."""
     said = await daemon.server.store.transact(actions, daemon)
     assert (said.count("update.received"), said.count("round.committed")) == (1, 1)
-    (held,) = await daemon.rounds(run.id)
+    (held,) = await daemon.rounds(run)
     value = daemon.server.metrics.registry.get_sample_value
-    sent = value("fedpeft_wire_bytes_total", {"run": run.id, "direction": "up"})
-    assert held.wire_bytes_up == sent
+    passed = {way: value("fedpeft_wire_bytes_total", {"run": run, "direction": way}) for way in ("up", "down")}
+    assert {"up": held.wire_bytes_up, "down": held.wire_bytes_down} == passed
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.5])
+@pytest.mark.parametrize("statement", [b"INSERT INTO updates", b"INSERT INTO versions"])
+async def test_a_transition_whose_commit_was_not_answered_counts_once(
+    line: tuple[Line, str], start: StartDaemon, statement: bytes, delay_s: float
+) -> None:
+    """The receipt and the fold were written twice: in the audit log, and their bytes in the database.
+
+    Or a call failed though its update counted, for the commit was still on its way as it was looked for.
+    """
+    daemon = await start(database=line[1])
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    line[0].breaks_at_commit_of, line[0].delay_s = statement, delay_s
+    assert await works(daemon, run.id)
+    assert not line[0].breaks_at_commit_of, "it broke"
+    await count_once(daemon, run.id)
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.5])
+async def test_bytes_whose_commit_was_not_answered_are_counted_once(
+    line: tuple[Line, str], start: StartDaemon, delay_s: float
+) -> None:
+    """Such a transaction, and one that opens a round, has no entry in the audit log to be looked for."""
+    daemon = await start(database=line[1])
+    run = await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (client,) = await daemon.clients("a")
+    async with asyncio.timeout(10):
+        given = await client.task()
+        await client.pull(run.id, given.version)
+        line[0].breaks_at_commit_of, line[0].delay_s = b"INSERT INTO traffic", delay_s
+        while line[0].breaks_at_commit_of:
+            await asyncio.sleep(0.01)
+        await daemon.server.store.transact(daemon.server.store.db.now)  # behind the one that is looked for
+        await client.push(given.ticket, filled(1.0))
+    assert await is_held(daemon, run.id)
+    await count_once(daemon, run.id)
 
 
 @pytest.mark.timed(fold_retry_s=0.05)
