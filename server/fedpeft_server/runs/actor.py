@@ -126,15 +126,19 @@ class RunActor:
                 return made
         raise DatabaseLocked(f"{self.run.id} was changed by other servers {ATTEMPTS} times in a row; try again")
 
-    async def advance(self, event: Event, action: str = "", by: str = SERVER) -> Transition | None:
+    async def advance(self, event: Event, action: str = "", by: str = SERVER, epoch: int = 0) -> Transition | None:
         """Makes the transition of an event, in a command; returns None if the event changes nothing.
 
         The audit log is told that `by` did `action` to the ticket of the event, or the new state of the run.
+
+        Raises:
+            LeaseLost: If another daemon has taken the lease of the run since it had `epoch`, where that is given.
         """
 
         async def decide(status: RunStatus) -> Transition | None:
             changes = self.changes(status, event)
-            return Transition(changes, audit_events=_audit_events(changes, event, action, by)) if changes else None
+            said = _audit_events(changes, event, action, by) if changes else ()
+            return Transition(changes, audit_events=said, epoch=epoch) if changes else None
 
         made = await self.transit(decide, sure=not isinstance(event, Waiting | TimePassed))  # which come again
         if made and _is_of_run(made.changes, event):

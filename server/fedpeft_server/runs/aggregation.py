@@ -311,19 +311,19 @@ class Folding:
                 result = await self._fold_round(folding)
                 committed = await self._actor.call(lambda: self._commit(folding, result, began, epoch))
         except RoundEmptied as emptied:
-            await self._reopen(folding, Excluded(emptied.excluded))
+            await self._reopen(folding, Excluded(emptied.excluded), epoch)
             return
         except UpdatesLost as lost:
-            await self._reopen(folding, Lost(lost.reasons))
+            await self._reopen(folding, Lost(lost.reasons), epoch)
             return
         except BudgetSpent as spent:
             reason = str(spent)
-            await self._actor.call(lambda: self._pause(folding, reason))
+            await self._actor.call(lambda: self._pause(folding, reason, epoch))
             return
         except LeaseLost:
             raise
         except Exception as error:
-            await self._fail(folding, error)
+            await self._fail(folding, error, epoch)
             return
         if committed:  # a step of its own: the next round may be there to fold before all files of this one are gone
             self._background.watch("files", self._actor.tasks.start(self.forget(folding)))
@@ -378,10 +378,13 @@ class Folding:
             self._log.warning("run paused", reason=outcome.overspent)
         return True
 
-    async def _reopen(self, folding: Round, event: Excluded | Lost) -> None:
+    async def _reopen(self, folding: Round, event: Excluded | Lost, epoch: int) -> None:
         """Goes on with a round that cannot be folded: others are sampled, or clients whose updates got lost are asked.
 
         A round that is folded by another server meanwhile stays as it is.
+
+        Raises:
+            LeaseLost: If that one folds it now, and finds for itself what can be folded.
         """
         is_lost = isinstance(event, Lost)
         say, tell = (
@@ -391,29 +394,31 @@ class Folding:
         async def decide(status: RunStatus) -> Transition | None:
             if not _is_folding(status, folding) or not (changes := self._actor.changes(status, event)):
                 return None
-            return Transition(changes, audit_events=say(status.round, event.reasons, SERVER))
+            return Transition(changes, audit_events=say(status.round, event.reasons, SERVER), epoch=epoch)
 
         try:
             if await self._actor.call(lambda: self._actor.transit(decide)):
                 tell(folding, event.reasons)
+        except LeaseLost:
+            raise
         except Exception as error:
-            await self._fail(folding, error)
+            await self._fail(folding, error, epoch)
 
-    async def _fail(self, folding: Round, error: Exception) -> None:
-        """Pauses the run, because its round cannot be folded here."""
+    async def _fail(self, folding: Round, error: Exception, epoch: int) -> None:
+        """Pauses the run, because its round cannot be folded here; raises LeaseLost if another server folds it now."""
         if isinstance(error, DatabaseUnavailable | DatabaseLocked):
             raise error
         message = error.message if isinstance(error, FedpeftError) else f"{type(error).__name__}: {error}"
         traced = None if isinstance(error, DiskFull | StoreUnavailable) else error
         self._log.error("aggregation failed", round=folding.number, message=message, exc_info=traced)
         reason = f"round {folding.number} could not be folded: {message}; {_advice(error, self._actor.run)}"
-        await self._actor.call(lambda: self._pause(folding, reason))
+        await self._actor.call(lambda: self._pause(folding, reason, epoch))
 
-    async def _pause(self, folding: Round, reason: str) -> None:
+    async def _pause(self, folding: Round, reason: str, epoch: int) -> None:
         try:
             await self._actor.refresh()
             if _is_folding(self._actor.status, folding):  # else another server has folded it
-                await self._actor.advance(Paused(reason))
+                await self._actor.advance(Paused(reason), epoch=epoch)
         except FedpeftError as fault:
             # Better known to this process alone than a wait that nobody explains; a restart folds anyway.
             self._log.error("cannot write the pause to the database", message=fault.message)

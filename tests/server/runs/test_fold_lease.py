@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from fedpeft.errors import StoreUnavailable
 from fedpeft.rounds.state_machine import Round
 from fedpeft_server.runs import aggregation
 from fedpeft_server.sharing.fold_lease import FoldLease
+from fedpeft_server.store.rows import RunState
 from fedpeft_server.timing import TIMING
 
 from . import two_servers
@@ -84,6 +86,46 @@ async def test_another_takes_over_from_one_that_does_not_prolong_its_lease(
     await other.close()
     if returns:
         await holder.close()
+    check(cluster.stores[0], run, [])
+
+
+@pytest.mark.parametrize("finds", ["a store away", "an update lost"])
+async def test_a_fold_that_fails_once_another_has_its_lease_changes_nothing(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, finds: str
+) -> None:
+    """It would pause a run whose round is being folded, or have an update sent again that is there."""
+    monkeypatch.setattr(two_servers, "TIMING", replace(TIMING, lease_s=0.6, lease_look_s=0.05))
+    back, go, fold = asyncio.Event(), asyncio.Event(), aggregation.Folding._fold_round
+    folds: list[aggregation.Folding] = []
+
+    async def stands_still(self: aggregation.Folding, folding: Round) -> Any:
+        folds.append(self)
+        if self is not folds[0]:
+            await go.wait()
+            return await fold(self, folding)
+        await back.wait()
+        if finds == "a store away":
+            raise StoreUnavailable("the bucket did not answer")
+        raise aggregation.UpdatesLost({folding.tickets[0].id: f"{aggregation.LOST}: it is not there"})
+
+    async def dies(self: FoldLease, epoch: int) -> None:
+        pass
+
+    monkeypatch.setattr(aggregation.Folding, "_fold_round", stands_still)
+    monkeypatch.setattr(FoldLease, "_keep", dies)
+    run, one, two = await folding_both(cluster)
+    async with asyncio.timeout(5):
+        while len(set(folds)) < 2:
+            await asyncio.sleep(0.01)
+    revision = cluster.database.revision(run)
+    back.set()
+    await asyncio.sleep(0.3)
+    assert cluster.database.revision(run) == revision
+    go.set()
+    await asyncio.gather(one.idle(), two.idle())
+    row = cluster.database.run(run)
+    assert (row.version, row.state, row.reason) == (1, RunState.RUNNING, "")
+    await asyncio.gather(one.close(), two.close())
     check(cluster.stores[0], run, [])
 
 
