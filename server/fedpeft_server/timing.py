@@ -56,6 +56,8 @@ class Timing:
             is not to hold up the others.
         daemon_alive_s: Between two words of a daemon to the others on its database that it is there.
         daemon_gone_s: A daemon that was not heard for so long is gone, and nobody waits with it any more.
+        follow_run_s: One takes up what another has made of a run for so long before it goes on with the next; a run
+            whose commands, or fold, wait for an object store goes on by itself.
         notices_gather_s: News for the other daemons that comes within this time is told as one.
         listen_retry_s: Pause before a daemon listens to the others again.
         lease_s: A daemon that folds the rounds of a run has the right to it for so long after it prolonged that last,
@@ -115,6 +117,7 @@ class Timing:
     database_idle_s: float = 4.0
     daemon_alive_s: float = 1.0
     daemon_gone_s: float = 4.0
+    follow_run_s: float = 1.0
     notices_gather_s: float = 0.03
     listen_retry_s: float = 0.5
     lease_s: float = 4.0

@@ -216,7 +216,7 @@ class Follower:
             versions.setdefault(run, []).append(version)
         for run, removed in versions.items():
             self._runs.note_removed(run, removed)
-            await self._store.fold(self._store.download_cache.forget_versions, run, removed)
+            self._store.soon(self._store.download_cache.forget_versions, run, removed)  # waits for no fold
 
 
 def _merged(notices: Sequence[Notice]) -> Iterator[tuple[Topic, list[Any]]]:

@@ -96,6 +96,7 @@ class RunEngine:
         self._timing = timing
         self._waiting: list[Receipt] = []
         self._moved = asyncio.Event()  # set at the next change of the run
+        self._is_offered = False  # True until the command of the last offer has ended
         self._corrupt: set[tuple[int, str]] = set()
         """Versions of which the audit log was told that they are corrupt, and the words; once is enough."""
         self._timer: asyncio.TimerHandle | None = None
@@ -144,7 +145,8 @@ class RunEngine:
         """Takes up the run where the last process left it."""
         makes_versions = policy_of(self.run.config.rounds).makes_versions
         if not makes_versions or (round_privacy_of(self.run.config).central and self.run.version):
-            await self._folding.forget_other_draws(self.run.version)
+            forgetting = self._folding.forget_other_draws(self.run.version)
+            self._background.watch("files", self.tasks.start(forgetting))
         if self.actor.status.folds:
             self._log.info("aggregation resumed", round=self.round.number)
             self._folding.begin()
@@ -163,13 +165,21 @@ class RunEngine:
         return await self.actor.call(self.actor.refresh)
 
     async def offer(self, clients: AbstractSet[str], waited_s: float) -> None:
-        """Lets the run sample from the clients that wait; for so long at least a quorum has."""
-        if self.run.state is not RunState.RUNNING:
+        """Lets the run sample from the clients that wait; for so long at least a quorum has.
+
+        Nothing more is asked of a run that has yet to look at the last offer: it sees who waits by then.
+        """
+        if self.run.state is not RunState.RUNNING or self._is_offered:
             return
         poor = conduct.Demerits(self._participation.conducts(self.run.id), self.round.number)
         waiting = events.Waiting(clients, poor, waited_s)
         if self.actor.changes(self.actor.status, waiting):  # as a rule there are none
-            await self.actor.call(lambda: self.actor.advance(waiting))
+            self._is_offered = True
+            await self.actor.call(partial(self._sample, waiting))
+
+    async def _sample(self, waiting: events.Waiting) -> None:
+        self._is_offered = False
+        await self.actor.advance(waiting)
 
     async def receive(self, update: UpdateRow, by: str) -> UpdateRow:
         """Counts a durable update that `by` sent; one that was counted before is returned as it was then.
@@ -366,14 +376,12 @@ class RunEngine:
 
         async def decide(status: RunStatus) -> Transition | None:
             changes = self.actor.changes(status, events.Supplied(new.version))
-            if changes is None:
-                return None
-            row = await self._store.version(stored)
             details: dict[str, Detail] = {"version": new.version, "adapter_sha256": row.sha256}
             said = AuditEvent(by, "version.supplied", self.run.id, details)
-            return Transition(changes, supplied=row, audit_events=(said,))
+            return Transition(changes, supplied=row, audit_events=(said,)) if changes else None
 
         try:
+            row = await self._store.version(stored)  # before the command: others wait for the end of that
             made = await self.actor.call(lambda: self.actor.transit(decide))
         except Exception as error:
             if not isinstance(error, DatabaseUnavailable):  # else it may be in the database
@@ -381,7 +389,9 @@ class RunEngine:
             raise
         finally:
             self._store.soon(self._store.updates.remove_all, (new.spool_key,))
-        if made is None:
+        if made is None:  # another call brought it meanwhile
+            with self._background.attempt("files", self.run.id):
+                await self._store.version(self._store.undo, new)
             return
         self._log.info("version supplied", version=new.version)
         self._store.soon(self._store.forget_sums, self.run.id, new.version)

@@ -119,9 +119,10 @@ class Matching:
     async def _offer(self, engines: Iterable[RunEngine]) -> None:
         """Offers the lobby to some runs, the one that sampled longest ago first."""
         for engine in sorted(engines, key=lambda e: e.opened):
-            with self._background.attempt("matching", engine.run.id):
+            with self._background.attempt("matching", engine.run.id), suppress(TimeoutError):
                 ready = self.ready(engine.run.id)
-                await engine.offer(ready, self._gathering.waited_s(engine, len(ready)))
+                async with asyncio.timeout(self._timing.matching_check_s):  # a run that is busy holds up no other
+                    await engine.offer(ready, self._gathering.waited_s(engine, len(ready)))
         with self._background.attempt("matching"):
             for engine in engines:
                 self._count_clients(engine)

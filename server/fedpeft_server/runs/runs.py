@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import bisect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -140,7 +141,7 @@ class Runs:
             )
             await self._store.transact(self._store.db.create_run, run, version, (audit_event,))
         except Exception as error:
-            if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._is_written(run, new.draw)):
+            if not (isinstance(error, DatabaseUnavailable | StateInvalid) and await self._store.has(new)):
                 await self._store.version(self._store.undo, new)
                 await self._store.version(self._store.updates.remove_all, (new.spool_key,))
                 raise
@@ -205,9 +206,17 @@ class Runs:
             raise VersionNotFound(f"{run_id} has no version {version}; the newest is {engine.run.version}")
         return engine
 
-    @shielded
     async def follow(self, run_id: str) -> None:
-        """Takes up what another daemon has made of a run: a new one, another state, or none any more."""
+        """Takes up what another daemon has made of a run: a new one, another state, or none any more.
+
+        It goes on without the caller after `follow_run_s`: commands of the run, or a fold, may wait for a bucket.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._timing.follow_run_s):
+                await self._follow(run_id)
+
+    @shielded
+    async def _follow(self, run_id: str) -> None:
         engine = self._engines.get(run_id)
         try:
             await (self.adopt(run_id) if engine is None else engine.refresh())
@@ -399,18 +408,6 @@ class Runs:
         for run in self.scoring.dismiss(client):
             self.show_backlog(self._engines[run])
             self.watchers.announce(run)
-
-    async def _is_written(self, run: RunRow, draw: str) -> bool:
-        """Returns True if a run is in the database, because its transaction may have been made and the answer lost.
-
-        Raises:
-            FedpeftError: If that cannot be found out; its version must stay.
-        """
-        try:
-            version = await self._store.transact(self._store.db.version, run.id, run.version)
-        except (RunNotFound, VersionNotFound):
-            return False
-        return version.draw == draw
 
     def _begin(self, run: RunRow, current: Round | None = None) -> RunEngine:
         """Returns the engine of a new run, made unless a repetition of its request was there first."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, Self, TypeVar
 
 import structlog
 
-from fedpeft.errors import DatabaseLocked, DiskFull
+from fedpeft.errors import DatabaseLocked, DiskFull, RunNotFound, VersionNotFound
 from fedpeft.process.mounts import file_bytes, tree_bytes
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.tickets import TicketState
@@ -299,6 +299,18 @@ class Store:
         """Removes the sums of the rounds up to the one whose version the parent's server made."""
         kept = sum_key(run_id, version + 1)
         self.blobs.delete([key for key in self.blobs.keys(sum_prefix(run_id).rstrip("/")) if key < kept])
+
+    async def has(self, new: NewVersion) -> bool:
+        """Returns True if a version is in the database: its transaction may have been made, and its answer lost.
+
+        Raises:
+            FedpeftError: If that cannot be found out; its file must stay.
+        """
+        try:
+            row = await self.transact(self.db.version, new.run, new.version)
+        except (RunNotFound, VersionNotFound):
+            return False
+        return row.draw == new.draw
 
     def undo(self, version: NewVersion) -> None:
         """Removes the file of a version that did not come into the database, and nothing else of its run."""
