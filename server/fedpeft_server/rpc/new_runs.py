@@ -100,6 +100,7 @@ def new_run(header: pb.CreateRunHeader, now: float) -> tuple[RunRow, Manifest]:
         model_parameters=header.model_parameters,
         request_id=header.request_id,
         request_digest=digest,
+        revision=round(1000 * now) if header.HasField("relays") else 0,
         relay=header.relays.client,
     )
     size = run_message(run, "", {}).ByteSize()

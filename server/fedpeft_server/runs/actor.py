@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from fedpeft.errors import DatabaseLocked, FedpeftError
+from fedpeft.errors import DatabaseLocked, FedpeftError, RunNotFound
 from fedpeft.identity.audit import Detail
 from fedpeft.rounds.conduct import Conduct
 from fedpeft.rounds.events import (
@@ -162,7 +162,11 @@ class RunActor:
         return True
 
     async def refresh(self) -> bool:
-        """Reads the run again, in a command, if the database has another revision of it; False if it has not."""
+        """Reads the run again, in a command, if the database has another revision of it; False if it has not.
+
+        Raises:
+            RunNotFound: If it was deleted, though another run may have its id since.
+        """
         if await self._store.transact(self._store.db.revision, self.run.id) == self.run.revision:
             return False
         await self._reload()
@@ -170,6 +174,8 @@ class RunActor:
 
     async def _reload(self) -> None:
         ((run, current),) = await self._store.transact(self._store.db.standings, self.run.id)
+        if run.created_at != self.run.created_at:  # the part of a parent's run, which was made anew
+            raise RunNotFound(f"{run.id} was deleted, and another run has its id since")
         conducts = await self._store.transact(self._store.db.poor_conducts, self.run.id)
         self._log.info("run changed by another server", revision=run.revision, round=current.number)
         self._enter(RunStatus(run.revision, run.state, run.reason, run.version, current), conducts, here=False)

@@ -177,8 +177,10 @@ class Runs:
         audit_event = AuditEvent(by, "run.deleted", run_id, {"name": engine.run.config.name})
         # The files first: while the run is listed its deletion can be repeated, and afterwards nothing finds them.
         await self._store.version(self._store.forget_run, run_id, tickets)
-        await self._store.transact(self._store.db.delete_run, run_id, (audit_event,))
-        self._drop(engine)
+        with suppress(RunNotFound):  # another daemon was first, or this one, and its answer was lost
+            await self._store.transact(self._store.db.delete_run, run_id, (audit_event,))
+        if self._engines.get(run_id) is engine:
+            self._drop(engine)
         log.info("run deleted", run=run_id)
 
     async def look_up(self, run_id: str) -> RunEngine:
@@ -221,11 +223,13 @@ class Runs:
         try:
             await (self.adopt(run_id) if engine is None else engine.refresh())
         except RunNotFound:
-            if engine is not None and run_id in self._engines:
+            if engine is not None and self._engines.get(run_id) is engine:
                 self._drop(engine)
-                await engine.close()
-                await self._store.version(self._store.download_cache.forget, run_id)
+                await self._store.file(self._store.download_cache.forget, run_id)
                 log.info("run deleted by another server", run=run_id)
+                with suppress(RunNotFound):  # an edge's run may be made anew, with the same id
+                    await self.adopt(run_id)
+                await engine.close()
 
     async def follow_all(self, revisions: Mapping[str, int], *, active: bool) -> None:
         """Takes up what other daemons have made of all runs, or of the active ones; those are given by revision."""

@@ -23,6 +23,7 @@ from fedpeft_server.store.rows import AuditEvent, ClientRow, UpdateRow
 from fedpeft_server.store.store import version_key
 from fedpeft_server.uploads.pipeline import Uploads
 
+from .. import relayed_calls
 from ..conftest import SPEC, Daemon, config, filled, header, refused, zeros
 from .conftest import Federation, task
 
@@ -199,6 +200,34 @@ async def test_a_run_is_paused_resumed_and_deleted_with_any_daemon(federation: F
     await two.DeleteRun(op.DeleteRunRequest(run=run))
     await federation.until(lambda d: d.server.runs.find(run) is None)
     assert await refused(three.GetRun(op.GetRunRequest(run=run))) == "RUN_NOT_FOUND"
+
+
+async def test_a_run_that_is_made_anew_under_its_id_is_taken_up_as_another_one(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part of a parent's run has that one's id again; a daemon stood still while it was deleted and made."""
+
+    async def stands_still(run_id: str) -> None:
+        pass
+
+    one, other = federation.daemons[0], federation.daemons[1]
+    (a,) = await federation.clients("a")
+    made = await relayed_calls.make(one, 0, relayed_calls.ones(), made=relayed_calls.edges(clients=1))
+    given = await task(a[1])
+    monkeypatch.setattr(other.server.runs, "follow", stands_still)
+    await one.operator.StopRun(op.StopRunRequest(run=made.id))
+    await one.operator.DeleteRun(op.DeleteRunRequest(run=made.id))
+    await relayed_calls.make(one, 0, relayed_calls.ones(), made=relayed_calls.edges(clients=2))
+    assert await one.operator.PauseRun(op.PauseRunRequest(run=made.id))
+    assert await refused(a[1].push(given.ticket, filled(1.0))) == "RUN_NOT_FOUND"
+    monkeypatch.undo()
+    await one.operator.ResumeRun(op.ResumeRunRequest(run=made.id))
+    await federation.until(lambda d: (e := d.server.runs.find(made.id)) and e.run.config.rounds.clients == 2)
+    await federation.until(lambda d: d.server.runs.participation.answer(made.id, "a") is None)
+    b = federation.client("b")
+    await b[2].register()
+    tasks = await asyncio.gather(task(a[1]), task(b[2]))
+    assert [each.round for each in tasks] == [1, 1]
 
 
 async def test_a_run_that_a_daemon_has_not_heard_of_is_not_said_to_be_deleted(

@@ -134,6 +134,18 @@ async def test_a_run_that_could_not_be_looked_for_is_found_by_the_repetition(
     assert await works(daemon, run.id)
 
 
+async def test_a_deletion_that_could_not_be_looked_for_is_repeated(line: tuple[Line, str], start: StartDaemon) -> None:
+    daemon = await start(database=line[1])
+    run = (await daemon.create()).id
+    await daemon.operator.StopRun(op.StopRunRequest(run=run))
+    line[0].breaks_at_commit_of, line[0].away = b"DELETE FROM runs", True
+    assert await refused(daemon.operator.DeleteRun(op.DeleteRunRequest(run=run))) == "DATABASE_UNAVAILABLE"
+    line[0].away = False
+    await daemon.operator.DeleteRun(op.DeleteRunRequest(run=run))
+    assert not (await daemon.operator.ListRuns(op.ListRunsRequest())).runs
+    assert (await daemon.server.store.transact(actions, daemon)).count("run.deleted") == 1
+
+
 def actions(daemon: Daemon) -> list[str]:
     return [entry.action for entry in daemon.server.store.db.transactions.entries_after(0, 1000)]
 

@@ -45,6 +45,7 @@ def insert_run(connection: Connection, run: RunRow) -> None:
             model_parameters=run.model_parameters,
             request_id=run.request_id or None,
             request_digest=run.request_digest,
+            revision=run.revision,
             relay=run.relay,
         )
     )
