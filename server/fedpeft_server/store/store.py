@@ -335,7 +335,9 @@ class Store:
                 if version.run not in runs:
                     self.undo(version)
                 self.updates.remove_all((key,))
-        self.updates.remove_all(self.spool.others(set(tickets), whole=not self.keep_updates))
+        others = self.spool.others(set(tickets), whole=not self.keep_updates)
+        place = self.spool if self.keep_updates else self.updates  # of what is partial here another may have kept all
+        place.remove_all(others)
 
     def measure(self) -> Mapping[str, int]:
         """Measures the bytes of the files in the data folder and in the folders beside it, by place, and keeps them."""

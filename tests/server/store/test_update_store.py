@@ -14,7 +14,9 @@ from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 from fedpeft.errors import BlobCorrupt, DiskFull, StoreUnavailable
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.spool import Spool
+from fedpeft_server.store.store import Store
 from fedpeft_server.store.update_store import BucketUpdates, UpdateStore
+from fedpeft_server.timing import TIMING
 
 SPEC = AdapterSpec.of("bias", [TensorSpec("head.weight", (100, 20))])
 TICKET = "ticket-0123456789abcdef"
@@ -144,3 +146,19 @@ def test_what_could_not_be_removed_is_removed_later(bucket: Place, monkeypatch: 
     assert bucket.objects() == [manifest.sha256.hex()]
     bucket.one.clean()
     assert bucket.objects() == []
+
+
+def test_a_start_leaves_a_kept_update_that_another_server_received(tmp_path: Path) -> None:
+    """Its client began to send it here, and went on there; with `--keep-updates` it stays in the bucket."""
+    stores, places = list[Store](), (str(tmp_path / "versions"), (tmp_path / "bucket").as_uri())
+    for name in ("one", "another"):
+        (tmp_path / name).mkdir()
+        stores.append(Store(tmp_path / name, "", *places, keep_updates=True, timing=TIMING))
+    manifest, data = update()
+    send(stores[0].updates, manifest, data, upto=10)
+    send(stores[1].updates, manifest, data)
+    stores[0].sweep((), ())
+    assert not stores[0].spool.tickets()
+    assert read(stores[0].updates, manifest) == data
+    for store in stores:
+        store.close()
