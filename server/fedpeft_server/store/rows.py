@@ -39,8 +39,8 @@ class RunRow:
         model_parameters: Parameters of the whole model; 0 if the creator did not say.
         request_id: The caller's id of the CreateRun call; may be empty.
         request_digest: Digest of what that call asked for; may be empty.
-        revision: Number of transitions so far; counted from the milliseconds of `created_at` where it is relayed, so that
-            no transition of an earlier run with its id fits it.
+        revision: Number of transitions so far; counted from the milliseconds of `created_at` where it is relayed, so
+            that no transition of an earlier run with its id fits it.
         relay: Client of the parent's server for which it is relayed; empty for all others.
     """
 
