@@ -52,6 +52,7 @@ async def test_a_daemon_whose_bucket_hangs_hears_who_is_revoked(federation: Fede
             await relayed_calls.make(one, 0, relayed_calls.ones())
         await store.transact(store.db.identities.revoke, lost, time.time(), "stolen", "operator", unseen=True)
         await federation.until(lambda d: d is one or d.server.admission.is_refused(lost))
+        assert other.server.background.healthy
 
 
 async def test_a_run_that_is_busy_keeps_no_other_from_its_clients(
