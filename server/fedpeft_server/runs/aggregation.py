@@ -26,6 +26,7 @@ from fedpeft.errors import (
     DatabaseUnavailable,
     DiskFull,
     FedpeftError,
+    RunNotFound,
     StoreUnavailable,
     VersionNotFound,
 )
@@ -291,7 +292,9 @@ class Folding:
                         await self._fold_and_commit(self._actor.round, epoch)
             except LeaseLost:
                 self._due = True
-            except (DatabaseUnavailable, DatabaseLocked) as error:
+            except RunNotFound:  # another daemon has deleted it
+                return
+            except (DatabaseUnavailable, DatabaseLocked, DiskFull) as error:  # that of the database, for the lease
                 self._due = True
                 self._log.error(
                     "the round cannot be aggregated yet", round=self._actor.round.number, message=error.message

@@ -38,6 +38,7 @@ class FoldLease:
 
         Raises:
             DatabaseUnavailable: If the database is out of reach; DatabaseLocked if another program holds a lock.
+            DiskFull: If the database has no room.
         """
         if not self._store.db.is_shared:
             return 0

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from fedpeft.errors import StoreUnavailable
+from fedpeft.errors import DiskFull, StoreUnavailable
 from fedpeft.rounds.state_machine import Round
 from fedpeft_server.runs import aggregation
 from fedpeft_server.sharing.fold_lease import FoldLease
+from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import RunState
 from fedpeft_server.timing import TIMING
 
@@ -127,6 +128,49 @@ async def test_a_fold_that_fails_once_another_has_its_lease_changes_nothing(
     assert (row.version, row.state, row.reason) == (1, RunState.RUNNING, "")
     await asyncio.gather(one.close(), two.close())
     check(cluster.stores[0], run, [])
+
+
+async def test_a_lease_for_which_the_database_has_no_room_is_asked_for_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended the daemon, and the next one likewise."""
+    monkeypatch.setattr(two_servers, "TIMING", replace(TIMING, fold_retry_s=0.05))
+    take, refusals = Database.take_lease, list[str]()
+
+    def full(self: Database, run: str, seconds: float) -> int | None:
+        if len(refusals) < 3:
+            refusals.append(run)
+            raise DiskFull("the database has no room to grow")
+        return take(self, run, seconds)
+
+    monkeypatch.setattr(Database, "take_lease", full)
+    run, one, two = await folding_both(cluster)
+    async with asyncio.timeout(5):
+        await asyncio.gather(one.idle(), two.idle())
+    assert cluster.database.run(run).version == 1 and refusals == [run] * 3
+    await asyncio.gather(one.close(), two.close())
+    check(cluster.stores[0], run, [])
+
+
+async def test_a_run_that_is_deleted_as_its_round_is_to_be_folded_ends_no_daemon(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, deleted = Database.take_lease, list[str]()
+
+    def then_deleted(self: Database, run: str, seconds: float) -> int | None:
+        epoch = take(self, run, seconds)
+        if not deleted:
+            deleted.append(run)
+            self.delete_run(run)
+        return epoch
+
+    monkeypatch.setattr(Database, "take_lease", then_deleted)
+    run, one, two = await folding_both(cluster)
+    folds = [server.engine._folding._task for server in (one, two)]
+    async with asyncio.timeout(5):
+        await asyncio.wait([fold for fold in folds if fold], return_when=asyncio.FIRST_COMPLETED)
+    assert deleted == [run]
+    await asyncio.gather(one.close(), two.close())
 
 
 async def test_what_was_folded_by_a_lease_that_another_took_is_not_committed(
