@@ -211,10 +211,11 @@ class Runs:
     async def follow(self, run_id: str) -> None:
         """Takes up what another daemon has made of a run: a new one, another state, or none any more.
 
-        It goes on without the caller after `follow_run_s`: commands of the run, or a fold, may wait for a bucket.
+        That of a known run goes on without the caller after `follow_run_s`: its commands, or a fold, may wait for a
+        bucket. A new one is known in the end, for what comes after it.
         """
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._timing.follow_run_s):
+            async with asyncio.timeout(self._timing.follow_run_s if run_id in self._engines else None):
                 await self._follow(run_id)
 
     @shielded

@@ -206,7 +206,7 @@ class Database:
             )
             for client, update in received.items()
         }
-        with self._transaction(*made.audit_events) as connection:
+        with self._transaction(*made.audit_events, once=True) as connection:
             run_queries.move(connection, changes)
             if made.epoch:
                 leases.check(connection, state.run, made.epoch)
@@ -365,12 +365,12 @@ class Database:
 
     def add_traffic(self, traffic: Bytes) -> None:
         """Adds bytes to what was counted; those of runs that do not exist are dropped."""
-        with self._transaction() as connection:
+        with self._transaction(once=True) as connection:
             rounds.add_traffic(connection, traffic)
 
     def count_at_least(self, least: Bytes, traffic: Bytes = NONE) -> None:
         """Adds `traffic` to what was counted, then raises payloads that are below `least`, and the wire to them."""
-        with self._transaction() as connection:
+        with self._transaction(once=True) as connection:
             rounds.add_traffic(connection, traffic)
             rounds.count_at_least(connection, least)
 

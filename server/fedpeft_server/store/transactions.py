@@ -56,11 +56,11 @@ class Transactions:
         self._reading = threading.local()
 
     @contextmanager
-    def begin(self, *events: AuditEvent) -> Iterator[Connection]:
+    def begin(self, *events: AuditEvent, once: bool = False) -> Iterator[Connection]:
         """Makes a transaction of what the block does, and of the entries of `events`.
 
         One whose commit was not answered is looked for, by its last entry in the audit log, or by its number where it
-        has none: repeated, it would be told twice, and its bytes counted twice.
+        has none and must be made `once`: repeated, it would be told twice, and its bytes counted twice.
 
         Raises:
             DiskFull: If there is no room; the transaction is undone.
@@ -73,7 +73,7 @@ class Transactions:
         before, is_complete, number = self._head, False, None
         try:
             with translated(self._where, self._timing), self.engine.begin() as connection:
-                if self.notices.are_heard and not events:
+                if once and not events and self.notices.are_heard:
                     number = postgresql.transaction_number(connection)
                 yield connection
                 for event in events:
