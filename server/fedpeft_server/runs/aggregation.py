@@ -12,8 +12,9 @@ import asyncio
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -101,6 +102,7 @@ def aggregate(
     inputs: FoldInputs,
     past: Sequence[Extent],
     store: Store,
+    check: Callable[[], object] = lambda: None,
 ) -> Result:
     """Folds what a round received and stores the result durably.
 
@@ -110,6 +112,8 @@ def aggregate(
         inputs: Its updates, and facts of the rounds before, from the database.
         past: Medians of the comparable rounds before; see `fedpeft.rounds.screening`.
         store: Blobs and spool.
+        check: Called before the result is stored; raises if another daemon folds the round, and may have stored its own
+            under the same key: of other updates, where some were lost and sent again meanwhile.
 
     Raises:
         BlobCorrupt: If the base version is not what was stored.
@@ -130,6 +134,7 @@ def aggregate(
             store.distrust(base)
             _stored(base, store, stack)
             raise
+        check()
         if not policy_of(run.config.rounds).makes_versions:
             store.blobs.put(sum_key(run.id, number), Path(scratch, "sum"), outcome.made.sha256)
             return Result(outcome, store.clock.time(), None)
@@ -256,6 +261,7 @@ class Folding:
         self._round_log = round_log
         self._timing = timing
         self._lease = FoldLease(actor.run.id, store, timing)
+        self._epoch = 0
         self._task: asyncio.Task[None] | None = None
         self._due = False
         self._closing = False
@@ -285,6 +291,7 @@ class Folding:
                 if epoch is None:
                     self._due = True
                     continue
+                self._epoch = epoch
                 async with self._lease.kept(epoch):
                     if epoch:
                         await self._actor.call(self._actor.refresh)  # its last holder may have folded the round
@@ -346,7 +353,13 @@ class Folding:
             db.fold_inputs, self._actor.run.id, folding.number, folding.base_version, earlier
         )
         past = [screening.median(found.extents(number, self._actor.run.config.training)) for number in earlier]
-        return await self._store.fold(aggregate, self._actor.run, folding, found, past, self._store)
+        check = partial(self._check_lease, asyncio.get_running_loop(), self._epoch)
+        return await self._store.fold(aggregate, self._actor.run, folding, found, past, self._store, check)
+
+    def _check_lease(self, loop: asyncio.AbstractEventLoop, epoch: int) -> None:
+        """Checks, in the thread of a fold, that no other daemon has taken the lease since it had an epoch."""
+        if epoch:
+            asyncio.run_coroutine_threadsafe(self._lease.check(epoch), loop).result(self._timing.database_lost_s)
 
     async def _commit(self, folding: Round, result: Result, began: float, epoch: int) -> bool:
         """Writes the version that a round made; returns False if another engine did, or the run was stopped."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from fedpeft.errors import DiskFull, StoreUnavailable
-from fedpeft.rounds.state_machine import Round
+from fedpeft.errors import DiskFull, RunNotFound, StoreUnavailable
+from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft_server.runs import aggregation
 from fedpeft_server.sharing.fold_lease import FoldLease
+from fedpeft_server.store import database
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import RunState
+from fedpeft_server.store.store import version_key
 from fedpeft_server.timing import TIMING
 
 from . import two_servers
@@ -171,6 +174,60 @@ async def test_a_run_that_is_deleted_as_its_round_is_to_be_folded_ends_no_daemon
         await asyncio.wait([fold for fold in folds if fold], return_when=asyncio.FIRST_COMPLETED)
     assert deleted == [run]
     await asyncio.gather(one.close(), two.close())
+
+
+async def test_a_fold_that_comes_late_does_not_write_over_the_version_that_was_committed(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server stood still while another found an update lost, was sent it again with other bytes, and folded that."""
+    monkeypatch.setattr(two_servers, "TIMING", replace(TIMING, lease_s=0.6, lease_look_s=0.05))
+    begun, goes_on, fold_round = threading.Event(), threading.Event(), aggregation.fold_round
+
+    def stands_still(*facts: Any, **options: Any) -> Any:
+        if not begun.is_set():
+            begun.set()
+            goes_on.wait(20)
+        return fold_round(*facts, **options)
+
+    async def dies(self: FoldLease, epoch: int) -> None:
+        pass
+
+    monkeypatch.setattr(aggregation, "fold_round", stands_still)
+    monkeypatch.setattr(FoldLease, "_keep", dies)
+    run, one, two = await folding_both(cluster)
+    await asyncio.to_thread(begun.wait, 5)
+    cluster.stores[0].places[-1].delete_prefix(f"updates/{one.ticket('b', 1)}/")
+    async with asyncio.timeout(5):
+        while two.engine.round.phase is not Phase.OPEN:
+            await asyncio.sleep(0.01)
+    receipt = await two.receive("b", 1, 2.0)
+    async with asyncio.timeout(5):
+        while cluster.database.run(run).version != 1:
+            await asyncio.sleep(0.01)
+    goes_on.set()
+    await asyncio.gather(one.idle(), two.idle())
+    await asyncio.gather(one.close(), two.close())
+    stored = cluster.database.version(run, 1)
+    assert cluster.stores[0].blobs.digest(version_key(run, 1)) == stored.sha256
+    (held,) = [each for each in two_servers.shown(cluster.stores[0], run) if each.record]
+    assert {each.payload_sha256 for each in held.tickets if each.ticket.client == "b"} == {receipt}
+
+
+async def test_a_transaction_about_a_run_that_is_deleted_meanwhile_is_made_again(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had found the run, and was refused by the foreign key: as a fault of the server, which ended that."""
+    run, store, select = (await cluster.create()).id, cluster.stores[0], database.run_queries.select_revision
+
+    def then_deleted(connection: Any, of: str) -> int:
+        found = select(connection, of)
+        monkeypatch.undo()
+        cluster.stores[1].db.delete_run(of)
+        return found
+
+    monkeypatch.setattr(database.run_queries, "select_revision", then_deleted)
+    with pytest.raises(RunNotFound):
+        await store.transact(store.db.take_lease, run, 1.0)
 
 
 async def test_what_was_folded_by_a_lease_that_another_took_is_not_committed(
