@@ -16,9 +16,9 @@ _STATUS_S = 0.05
 
 LOCKED = "55P03"
 """The state with which PostgreSQL says that another session held a lock for too long."""
-UNDONE = ("40001", "40P01", "23503")
-"""The states of a transaction that was undone in favour of another session's; it can be made again. The last one is
-that of a row that refers to one which another session has deleted since the transaction found it."""
+UNDONE = ("40001", "40P01", "23503", "23505")
+"""The states of a transaction that was undone in favour of another session's; it can be made again. The last two are
+those of a row that refers to one which another session has deleted, or has added, since the transaction looked."""
 
 
 def arguments(url: URL, timing: Timing) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server.runs.runs import Runs
+from fedpeft_server.store import database
 from fedpeft_server.store.rows import AuditEvent, ClientRow, UpdateRow
 from fedpeft_server.store.store import version_key
 from fedpeft_server.uploads.pipeline import Uploads
@@ -187,6 +190,24 @@ async def test_two_daemons_that_first_see_somebody_at_once_let_both_calls_in(fed
     entries = stores[0].db.transactions.entries_after(0, 1000)
     audit.verify(entries)
     assert sorted(e.object for e in entries if e.action == "identity.seen") == sorted(map(str, somebody))
+
+
+async def test_a_run_that_is_asked_for_with_two_daemons_at_once_is_made_once(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller that had no answer asks another one; both have found that there is no run of the request."""
+    both, insert = threading.Barrier(2), database.run_queries.insert_run
+
+    def together(*facts: Any) -> None:
+        with suppress(threading.BrokenBarrierError):
+            both.wait(5)
+            both.abort()
+        insert(*facts)
+
+    monkeypatch.setattr(database.run_queries, "insert_run", together)
+    made = await asyncio.gather(*(daemon.create(request_id="same") for daemon in federation.daemons[:2]))
+    assert len({run.id for run in made}) == 1
+    await federation.until(lambda d: [run.run.id for run in d.server.runs.all()] == [made[0].id])
 
 
 async def test_a_run_is_paused_resumed_and_deleted_with_any_daemon(federation: Federation) -> None:
