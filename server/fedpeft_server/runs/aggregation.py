@@ -1,9 +1,10 @@
 """Folding the rounds of a run: spooled updates and version r - 1 become version r in the blobs, then in the database.
 
 The fold runs in a thread and touches nothing but blobs and spool; doing it twice gives the same bytes under the same
-keys, so a daemon that died in the middle just does it again, and two daemons may do it at once. Where a fold draws
-noise, its files have names of their own: the version of the one that commits is the only one that anybody is sent, and
-what others drew is removed.
+keys, so a daemon that died in the middle just does it again, and two daemons may do it at once; but for a round whose
+updates were lost, and sent again, after one of them began: that one finds its lease gone, and stores nothing. Where a
+fold draws noise, its files have names of their own: the version of the one that commits is the only one that anybody is
+sent, and what others drew is removed.
 """
 
 from __future__ import annotations

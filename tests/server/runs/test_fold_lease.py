@@ -179,7 +179,7 @@ async def test_a_run_that_is_deleted_as_its_round_is_to_be_folded_ends_no_daemon
 async def test_a_fold_that_comes_late_does_not_write_over_the_version_that_was_committed(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its server stood still while another found an update lost, was sent it again with other bytes, and folded that."""
+    """Its server stood still while another found an update lost, was sent it with other bytes, and folded that."""
     monkeypatch.setattr(two_servers, "TIMING", replace(TIMING, lease_s=0.6, lease_look_s=0.05))
     begun, goes_on, fold_round = threading.Event(), threading.Event(), aggregation.fold_round
 
