@@ -16,13 +16,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent)]
+BENCHMARKS = Path(__file__).parents[1]
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "federations")]
 
-import flower  # noqa: E402
-import nv_flare  # noqa: E402
 import ours  # noqa: E402
-from processes import CLIENTS, ROUNDS, Outcome  # noqa: E402
+import peers  # noqa: E402
+from outcome import CLIENTS, ROUNDS, Outcome  # noqa: E402
 from simulators import environment  # noqa: E402
 
 from fedpeft_operator.federation.process_group import free_ports  # noqa: E402
@@ -49,14 +48,14 @@ def of_flower() -> Iterator[Case]:
     for isolation in ("subprocess", "process"):
         for victim in ("SuperLink", "ServerApp"):
             name = f"Flower 1.42, isolation {isolation}: {victim}"
-            yield name, lambda place, i=isolation, v=victim: flower.measure(place, programs, _port(), i, v)
+            yield name, lambda place, i=isolation, v=victim: peers.measure_flower(place, programs, _port(), i, v)
 
 
 def of_nvflare() -> Iterator[Case]:
     """Yields NVFlare's cases."""
     programs = Path(environment("nvflare")).parent
     for victim in ("server", "job"):
-        yield f"NVFlare 2.9: {victim}", lambda place, v=victim: nv_flare.measure(place, programs, v)
+        yield f"NVFlare 2.9: {victim}", lambda place, v=victim: peers.measure_nvflare(place, programs, v)
 
 
 CASES = {"ours": of_ours, "flower": of_flower, "nvflare": of_nvflare}

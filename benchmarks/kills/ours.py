@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from outcome import AWAY_S, CLIENTS, ROUNDS, Outcome, last_round
 from PIL import Image
-from processes import AWAY_S, CLIENTS, ROUNDS, Outcome, Processes, last_round, wait_for
+from processes import Processes, wait_for
 from safetensors.numpy import load_file
 
 RUN_FILE = f"""

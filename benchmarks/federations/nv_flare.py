@@ -1,17 +1,18 @@
-"""NVFlare: a provisioned server and three sites; a process of the server's holds the rounds of a job."""
+"""NVFlare: a provisioned server and sites; a process of the server's holds the rounds of a job."""
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-from processes import CLIENTS, ROUNDS, TOLERANCE, Outcome, Processes, last_round, wait_for
+from processes import Processes, Work, wait_for
 
 JOB = Path(__file__).parent / "nvflare_job"
+_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
 
 
 class NVFlare:
@@ -20,19 +21,23 @@ class NVFlare:
     Args:
         processes: Its processes.
         programs: Folder of NVFlare's commands.
+        work: Its job.
     """
 
-    def __init__(self, processes: Processes, programs: Path) -> None:
-        self._processes, self._nvflare = processes, str(programs / "nvflare")
-        processes.said(self._nvflare, "poc", "prepare", "-n", str(CLIENTS))
+    def __init__(self, processes: Processes, programs: Path, work: Work) -> None:
+        self._processes, self._nvflare, self._work = processes, str(programs / "nvflare"), work
+        processes.said(self._nvflare, "poc", "prepare", "-n", str(work.clients))
         self._place = next(processes.folder.glob("poc/*/prod_00"))
         python = str(programs / "python")
-        processes.said(python, str(JOB / "job.py"), str(processes.folder / "jobs"), str(ROUNDS), str(CLIENTS))
-        for name in ("server", *(f"site-{number}" for number in range(1, CLIENTS + 1))):
+        first = processes.folder / "zeros.npy"
+        np.save(first, np.zeros(work.values, np.float32))
+        asked = work.rounds, work.clients, first, work.client_s
+        processes.said(python, str(JOB / "job.py"), str(processes.folder / "jobs"), *map(str, asked))
+        for name in ("server", *(f"site-{number}" for number in range(1, work.clients + 1))):
             processes.start(name, "bash", str(self._place / name / "startup" / "sub_start.sh"))
-        all_here = f"Total clients: {CLIENTS}"
+        all_here = f"Total clients: {work.clients}"
         wait_for(lambda: all_here in processes.log("server"), "the sites")
-        said = processes.said(self._nvflare, "job", "submit", "-j", str(processes.folder / "jobs" / "kills"))
+        said = processes.said(self._nvflare, "job", "submit", "-j", str(processes.folder / "jobs" / "adds"))
         found = re.search(r"job_id: (\S+)", said)
         if found is None:
             raise RuntimeError(said)
@@ -40,9 +45,15 @@ class NVFlare:
 
     def ended(self) -> int:
         """Returns the number of rounds that ended, by what the server says of those that began."""
-        began = {int(number) for number in re.findall(r"Round (\d+) started", self._processes.log("server"))}
-        done = ROUNDS if "COMPLETED" in self.status() else 0
-        return max(done, max(began, default=0))
+        done = self._work.rounds if "COMPLETED" in self.status() else 0
+        return max(done, max(self.began(), default=0))
+
+    def began(self) -> dict[int, float]:
+        """Returns the time at which each round began, by its number from 0 on, as the server says it."""
+        lines = re.findall(
+            r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}).*Round (\d+) started", self._processes.log("server")
+        )
+        return {int(number): datetime.strptime(at, "%Y-%m-%d %H:%M:%S,%f").timestamp() for at, number in lines}
 
     def status(self) -> str:
         """Returns NVFlare's word on the job."""
@@ -62,23 +73,11 @@ class NVFlare:
 
 
 @contextmanager
-def federation(folder: Path, programs: Path) -> Iterator[NVFlare]:
-    """Gives a federation that is at work; its processes end with the block."""
+def federation(folder: Path, programs: Path, work: Work) -> Iterator[tuple[NVFlare, Processes]]:
+    """Gives a federation that is at work, and its processes, which end with the block."""
     own = {"HOME": str(folder), "NVFLARE_POC_WORKSPACE": str(folder / "poc"), "PATH": f"{programs}:/usr/bin:/bin"}
     processes = Processes(folder, own)
     try:
-        yield NVFlare(processes, programs)
+        yield NVFlare(processes, programs, work), processes
     finally:
         processes.close()
-
-
-def measure(folder: Path, programs: Path, victim: str) -> Outcome:
-    """Kills a process after two rounds, and tells what came of it; nobody but NVFlare's scripts starts it again."""
-    with federation(folder, programs) as nvflare:
-        wait_for(lambda: nvflare.ended() >= 2, "two rounds")
-        time.sleep(1)
-        killed_at = time.monotonic()
-        nvflare.kill(victim)
-        pause_s = last_round(nvflare.ended, lambda: "FINISHED" in nvflare.status(), killed_at)
-        rounds = nvflare.ended()
-        return Outcome(rounds, rounds * CLIENTS, nvflare.status(), abs(nvflare.value() - ROUNDS) < TOLERANCE, pause_s)

@@ -1,14 +1,13 @@
-"""Flower: SuperLink with its database on disk, three SuperNodes, and the ServerApp that holds the rounds."""
+"""Flower: SuperLink with its database on disk, SuperNodes, and the ServerApp that holds the rounds."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from processes import AWAY_S, CLIENTS, ROUNDS, TOLERANCE, Outcome, Processes, last_round, wait_for
+from processes import Processes, Work, wait_for
 
 APP = Path(__file__).parent / "flower_app"
 
@@ -21,9 +20,10 @@ class Flower:
         programs: Folder of Flower's commands.
         port: Port of the SuperLink; those after it are the SuperNodes'.
         isolation: `subprocess`: the SuperLink starts what runs the ServerApp; `process`: it runs beside it.
+        work: Its run.
     """
 
-    def __init__(self, processes: Processes, programs: Path, port: int, isolation: str) -> None:
+    def __init__(self, processes: Processes, programs: Path, port: int, isolation: str, work: Work) -> None:
         self._processes, self._programs = processes, programs
         self._log = processes.folder / "rounds"
         address = f"127.0.0.1:{port}"
@@ -43,10 +43,11 @@ class Flower:
             processes.start(
                 "superexec", self._program("flower-superexec"), "--insecure", "--runtime-api-address", address
             )
-        for node in range(1, CLIENTS + 1):
+        for node in range(1, work.clients + 1):
             own = ["--superlink", address, "--port", str(port + node)]
             processes.start(f"node{node}", self._program("flower-supernode"), "--insecure", *own)
-        settings = f"rounds={ROUNDS} clients={CLIENTS} log='{self._log}'"
+        asked = {"rounds": work.rounds, "clients": work.clients, "values": work.values, "client-s": work.client_s}
+        settings = " ".join([*(f"{key}={value}" for key, value in asked.items()), f"log='{self._log}'"])
         said = processes.said(self._program("flwr"), "run", str(APP), "here", "--run-config", settings)
         if "Successfully started run" not in said:
             raise RuntimeError(said)
@@ -54,10 +55,11 @@ class Flower:
     def _program(self, name: str) -> str:
         return str(self._programs / name)
 
-    def rounds(self) -> list[tuple[int, float, int]]:
-        """Returns the rounds that ended: number, value, updates."""
+    def rounds(self) -> list[tuple[int, float, int, float]]:
+        """Returns the rounds that ended: number, value, updates, and the time."""
         lines = self._log.read_text().splitlines() if self._log.exists() else []
-        return [(int(number), float(value), int(count)) for number, value, count in map(str.split, lines)]
+        rows = map(str.split, lines)
+        return [(int(number), float(value), int(count), float(at)) for number, value, count, at in rows]
 
     def status(self) -> str:
         """Returns Flower's word on the run."""
@@ -72,36 +74,13 @@ class Flower:
 
 
 @contextmanager
-def federation(folder: Path, programs: Path, port: int, isolation: str) -> Iterator[tuple[Flower, Processes]]:
+def federation(
+    folder: Path, programs: Path, port: int, isolation: str, work: Work
+) -> Iterator[tuple[Flower, Processes]]:
     """Gives a federation that is at work, and its processes, which end with the block."""
     own = {"FLWR_HOME": str(folder), "FLWR_TELEMETRY_ENABLED": "0", "PATH": f"{programs}:/usr/bin:/bin"}
     processes = Processes(folder, own)
     try:
-        yield Flower(processes, programs, port, isolation), processes
+        yield Flower(processes, programs, port, isolation, work), processes
     finally:
         processes.close()
-
-
-def measure(folder: Path, programs: Path, port: int, isolation: str, victim: str) -> Outcome:
-    """Kills a process after two rounds, starts it again as a service manager would, and tells what came of it."""
-    with federation(folder, programs, port, isolation) as (flower, processes):
-        wait_for(lambda: len(flower.rounds()) >= 2, "two rounds")
-        time.sleep(1)
-        killed_at = time.monotonic()
-        if victim == "ServerApp":
-            flower.kill_server_app()
-        else:
-            processes.kill("superlink")
-            time.sleep(AWAY_S)
-            processes.start("superlink")
-        ended = ("finished", "failed", "stopped")
-        pause_s = last_round(
-            lambda: len(flower.rounds()), lambda: any(word in flower.status() for word in ended), killed_at
-        )
-        rounds = flower.rounds()
-        last = wait_for(flower.status, "the status")
-        time.sleep(5)
-        status = flower.status() if "running" in last else last
-        return Outcome(
-            len(rounds), sum(count for *_, count in rounds), status, abs(rounds[-1][1] - ROUNDS) < TOLERANCE, pause_s
-        )

@@ -1,4 +1,4 @@
-"""A Flower app: each client adds one to a vector, in a second; the server averages and notes each round."""
+"""A Flower app: each client adds one to a vector; the server averages and notes each round."""
 
 import time
 
@@ -16,13 +16,13 @@ server_app = ServerApp()
 def train(message: Message, context: Context) -> Message:
     """Adds one."""
     (values,) = message.content["arrays"].to_numpy_ndarrays()
-    time.sleep(1)
+    time.sleep(float(context.run_config["client-s"]))
     content = RecordDict({"arrays": ArrayRecord([values + 1]), "metrics": MetricRecord({"num-examples": 1})})
     return Message(content=content, reply_to=message)
 
 
 class Noting(FedAvg):
-    """FedAvg that appends a line a round to a file: its number, its value, its updates."""
+    """FedAvg that appends a line a round to a file: its number, its value, its updates, the time."""
 
     def __init__(self, log, **more):
         super().__init__(**more)
@@ -34,7 +34,7 @@ class Noting(FedAvg):
         arrays, metrics = super().aggregate_train(server_round, replies)
         value = arrays.to_numpy_ndarrays()[0][0] if arrays else "none"
         with open(self.log, "a") as file:
-            file.write(f"{server_round} {value} {len(replies)}\n")
+            file.write(f"{server_round} {value} {len(replies)} {time.time()}\n")
         return arrays, metrics
 
 
@@ -45,4 +45,5 @@ def serve(grid: Grid, context: Context) -> None:
     clients = int(said["clients"])
     fewest = {"min_available_nodes": clients, "min_train_nodes": clients}
     strategy = Noting(str(said["log"]), fraction_train=1.0, fraction_evaluate=0.0, **fewest)
-    strategy.start(grid=grid, initial_arrays=ArrayRecord([np.zeros(1000)]), num_rounds=int(said["rounds"]))
+    zeros = ArrayRecord([np.zeros(int(said["values"]), np.float32)])
+    strategy.start(grid=grid, initial_arrays=zeros, num_rounds=int(said["rounds"]))

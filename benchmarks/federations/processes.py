@@ -1,4 +1,4 @@
-"""Processes of a federation on this machine, started as a service manager would, and killed without warning."""
+"""Processes of a federation on this machine: started as by a service manager, watched, killed without warning."""
 
 from __future__ import annotations
 
@@ -12,15 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-ROUNDS, CLIENTS = 8, 3
-AWAY_S = 3.0
-"""A killed process is started again after so long, as systemd does."""
-TOLERANCE = 1e-6
-"""Each client adds one a round; means of three in floating point are off by less."""
+from workload import peak_memory_bytes
+
 SILENT_S = 180.0
 """A run in which no round ends for so long is taken for stuck."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a federation: each client adds one to every value, and the server takes the mean.
+
+    Attributes:
+        rounds: Rounds of a run.
+        clients: Clients, all in every round.
+        values: float32 values of the model.
+        client_s: Seconds that a client takes in a round, beside what the framework does.
+    """
+
+    rounds: int
+    clients: int
+    values: int
+    client_s: float
 
 
 class Processes:
@@ -63,6 +77,12 @@ class Processes:
                 if word in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGKILL)
 
+    def peak_bytes(self, name: str, so_far: dict[int, int]) -> None:
+        """Notes the most memory that a process, and each that it or one of those started, has had so far, by its id."""
+        for pid in _started_by(self._running[name].pid):
+            with suppress(OSError, RuntimeError):  # it has ended meanwhile
+                so_far[pid] = peak_memory_bytes(pid)
+
     def said(self, *command: str) -> str:
         """Returns what a command says that ends."""
         done = subprocess.run(
@@ -86,25 +106,6 @@ class Processes:
                 os.kill(pid, signal.SIGKILL)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of a run whose process was killed.
-
-    Attributes:
-        rounds: Rounds that ended, of `ROUNDS`.
-        updates: Updates that were counted, of `ROUNDS * CLIENTS`.
-        status: The framework's own word on the run at the end.
-        right: True if the result is the one of a run in which nothing was killed.
-        pause_s: Seconds from the kill until the next round ended; None if none did.
-    """
-
-    rounds: int
-    updates: int
-    status: str
-    right: bool
-    pause_s: float | None
-
-
 def descendants_of(folder: Path) -> list[int]:
     """Returns the processes whose working directory is in a folder, whoever started them."""
     found = []
@@ -112,6 +113,17 @@ def descendants_of(folder: Path) -> list[int]:
         with suppress(OSError):
             if entry.name.isdigit() and (entry / "cwd").readlink().is_relative_to(folder):
                 found.append(int(entry.name))
+    return found
+
+
+def _started_by(pid: int) -> list[int]:
+    """Returns a process and all that it started, and those in turn."""
+    found, at = [pid], 0
+    while at < len(found):
+        with suppress(OSError):
+            for task in Path(f"/proc/{found[at]}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+        at += 1
     return found
 
 
@@ -127,17 +139,3 @@ def wait_for(reached: Callable[[], T], what: str, most_s: float = SILENT_S) -> T
             return found
         time.sleep(0.1)
     raise TimeoutError(f"waited {most_s:.0f} s for {what}")
-
-
-def last_round(rounds: Callable[[], int], over: Callable[[], bool], killed_at: float) -> float | None:
-    """Waits until the run is over, or stuck; returns the seconds until the first round after the kill, None if none."""
-    before, pause_s, moved = rounds(), None, time.monotonic()
-    while time.monotonic() - moved < SILENT_S:
-        now = rounds()
-        if now > before:
-            before, moved = now, time.monotonic()
-            pause_s = moved - killed_at if pause_s is None else pause_s
-        if now >= ROUNDS or over():
-            break
-        time.sleep(2)
-    return pause_s
