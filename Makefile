@@ -8,11 +8,11 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install s3 demo test test-slow check proto bench bench-compare docs notebooks dist test-dist test-compose test-network test-schedules chaos chaos-several chaos-goodput soak interop screenshots
+.PHONY: help install s3 demo test test-slow check proto bench bench-peers bench-compare docs notebooks dist test-dist test-compose test-network test-schedules chaos chaos-several chaos-goodput soak interop screenshots
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## set up .venv with fedpeft, fedpeft-server and fedpeft-client
 	@echo "installed: $(BIN)/fedpeft, $(BIN)/fedpeft-server, $(BIN)/fedpeft-client"
@@ -47,6 +47,9 @@ proto: $(STAMP) ## generate common/fedpeft/v1 from protos/
 
 bench: $(STAMP) ## measure rounds, memory and bytes beside a bare gRPC stream (results in benchmarks/results/)
 	$(BIN)/python benchmarks/run.py --out benchmarks/results
+
+bench-peers: $(STAMP) ## measure rounds beside Flower's, NVFlare's and a bare stream's, each in an environment of its own (build/peers)
+	$(BIN)/python benchmarks/frameworks.py
 
 bench-compare: $(STAMP) ## hold what `make bench` measured last against the figures that were kept, and say what got worse
 	$(BIN)/python benchmarks/compare.py benchmarks/results/bench.json
