@@ -45,6 +45,7 @@ from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.progress import Report, State
 from fedpeft_server.runs.runs import Runs
+from fedpeft_server.runs.ticket_index import usable_ticket
 from fedpeft_server.store.blobs.download_cache import Encoded
 from fedpeft_server.store.rows import AnswerRow, ClientRow, FailedEvaluation, RunRow, UpdateRow
 from fedpeft_server.store.store import Store, file_key
@@ -385,7 +386,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         for engine in self._runs.active(run):
             if engine.run.id in left_out:
                 continue
-            ticket = engine.open_ticket(client)
+            ticket = await usable_ticket(engine, client, self._store, self._runs.follow)
             if ticket and answers.accepted(engine.run.id, client):
                 self._byte_counter.assign(engine.run.id, ticket.issued_in, client)
                 return pb.AwaitRoundResponse(training=_task(engine, ticket))

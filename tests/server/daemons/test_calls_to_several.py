@@ -22,6 +22,7 @@ from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store import database
+from fedpeft_server.store.notices.notices import Topic
 from fedpeft_server.store.rows import AuditEvent, ClientRow, UpdateRow
 from fedpeft_server.store.store import version_key
 from fedpeft_server.uploads.pipeline import Uploads
@@ -129,6 +130,31 @@ async def test_an_upload_that_another_daemon_counts_meanwhile_has_its_receipt_th
 
     monkeypatch.setattr(Uploads, "_repeated", counted_meanwhile)
     assert [await a[0].push(given.ticket, filled(1.0))] == counted
+
+
+async def test_a_client_with_a_receipt_is_not_given_its_ticket_again_by_a_daemon_that_has_not_heard_of_it(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take the receipt for lost, and send the update again."""
+    run = await federation.daemons[0].create(config(rounds={"count": 2, "clients": 2, "quorum": 2}))
+    a, b = await federation.clients("a", "b")
+    given, other = await asyncio.gather(task(a[0]), task(b[0]))
+    await federation.until(lambda d: d.server.runs.is_usable(run.id, "a", given.ticket))
+
+    async def not_yet(keys: Sequence[object]) -> None:
+        pass
+
+    for daemon in federation.daemons[1:]:
+        monkeypatch.setitem(daemon.server.follower._handlers, Topic.RUN, not_yet)  # type: ignore[arg-type]
+    await a[0].push(given.ticket, filled(1.0))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1):
+            raise AssertionError(f"it is given work: {await a[1].wait(run.id)}")
+    assert not federation.daemons[1].server.runs.is_usable(run.id, "a", given.ticket)
+    assert federation.daemons[2].server.runs.is_usable(run.id, "a", given.ticket)
+    monkeypatch.undo()
+    await b[0].push(other.ticket, filled(1.0))
+    assert [t.round for t in await asyncio.gather(task(a[1]), task(b[0]))] == [2, 2]
 
 
 async def test_a_client_that_began_anew_is_asked_again_by_every_daemon(federation: Federation) -> None:
