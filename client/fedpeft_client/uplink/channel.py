@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
@@ -60,8 +61,8 @@ class _Unary(Protocol[RequestT, ResponseT]):
 
 
 @dataclass(eq=False)
-class _Connection:
-    """A connection and the number of calls in progress on it."""
+class Connection:
+    """A connection and the number of calls in progress on it; an upload holds its own as one more."""
 
     channel: grpc.aio.Channel
     calls: int = 0
@@ -108,9 +109,9 @@ class Channel:
         self.timing = timing
         self._server = server
         self._identity = identity
-        self._connection = _Connection(open_channel(server, identity, _OPTIONS))
+        self._connection = Connection(open_channel(server, identity, _OPTIONS))
         self._leaving: set[asyncio.Task[None]] = set()
-        self._old: list[_Connection] = []
+        self._old: list[Connection] = []
         self._cause: Fault | None = None
         self._explained_at: float | None = None
         self._hold_s = 0
@@ -135,7 +136,7 @@ class Channel:
     def reopen(self, identity: Identity) -> None:
         """Makes every later call with another certificate; those under way go on as they are."""
         self._identity = identity
-        old, self._connection = self._connection, _Connection(open_channel(self._server, identity, _OPTIONS))
+        old, self._connection = self._connection, Connection(open_channel(self._server, identity, _OPTIONS))
         self._old.append(old)
         self._tidy(old)
 
@@ -170,7 +171,9 @@ class Channel:
         """Asks in which state runs are."""
         return await self._call(self._connection.federation.CheckRuns, request)
 
-    async def get_upload(self, ticket: str, sha256: bytes, progress: TrainingProgress = NONE) -> pb.GetUploadResponse:
+    async def get_upload(
+        self, ticket: str, sha256: bytes, progress: TrainingProgress = NONE, on: Connection | None = None
+    ) -> pb.GetUploadResponse:
         """Asks where an upload stands, and says how far the training is."""
         request = pb.GetUploadRequest(
             ticket=ticket,
@@ -180,7 +183,8 @@ class Channel:
             updates=progress.updates,
             updates_wanted=progress.wanted,
         )
-        return await self._call(self._connection.federation.GetUpload, request)
+        connection = on or self._connection
+        return await self._call(connection.federation.GetUpload, request, connection=connection)
 
     async def withdraw(self, request: pb.WithdrawRequest) -> pb.WithdrawResponse:
         """Gives a ticket up."""
@@ -202,15 +206,27 @@ class Channel:
         connection = self._connection
         return self._counted(connection.federation.PullAdapter(request, metadata=self._metadata), connection)
 
-    def push_update(self) -> grpc.aio.StreamUnaryCall[pb.PushUpdateRequest | WrittenChunk, pb.PushUpdateResponse]:
-        """Begins an upload, on a connection of its own that ends with it; what goes wrong with it is for `error`.
+    @asynccontextmanager
+    async def own_connection(self) -> AsyncIterator[Connection]:
+        """Opens a connection for an upload and for the question where it stands; it ends with the block.
 
-        What gRPC has read large messages into stays with a server's connection for as long as that is there.
+        Of several servers behind one name each knows of the bytes that came to itself alone. And what gRPC has read
+        large messages into stays with a server's connection for as long as that is there.
         """
-        own = _Connection(open_channel(self._server, self._identity, _OPTIONS))
+        own = Connection(open_channel(self._server, self._identity, _OPTIONS), calls=1)
         self._old.append(own)
-        push = own.channel.stream_unary(_PUSH_UPDATE, _serialize, pb.PushUpdateResponse.FromString)
-        return self._counted(push(metadata=self._metadata), own)
+        try:
+            yield own
+        finally:
+            own.calls -= 1
+            self._tidy(own)
+
+    def push_update(
+        self, on: Connection
+    ) -> grpc.aio.StreamUnaryCall[pb.PushUpdateRequest | WrittenChunk, pb.PushUpdateResponse]:
+        """Begins an upload; what goes wrong with it is for `error`."""
+        push = on.channel.stream_unary(_PUSH_UPDATE, _serialize, pb.PushUpdateResponse.FromString)
+        return self._counted(push(metadata=self._metadata), on)
 
     def error(self, error: grpc.aio.AioRpcError) -> FedpeftError:
         """Returns the error of the tree that a failed call stands for."""
@@ -229,9 +245,10 @@ class Channel:
         method: _Unary[RequestT, ResponseT],
         request: RequestT,
         timeout_s: float | None = None,
+        connection: Connection | None = None,
     ) -> ResponseT:
         self.sent(cast(Message, request))
-        connection = self._connection
+        connection = connection or self._connection
         connection.calls += 1
         try:
             answer = await method(request, timeout=timeout_s or self.timing.call_s, metadata=self._metadata)
@@ -245,7 +262,7 @@ class Channel:
         self.received(cast(Message, answer))
         return answer
 
-    def _counted(self, call: CallT, connection: _Connection) -> CallT:
+    def _counted(self, call: CallT, connection: Connection) -> CallT:
         """Lets a streaming call hold its connection until it is done."""
         connection.calls += 1
 
@@ -256,7 +273,7 @@ class Channel:
         call.add_done_callback(done)
         return call
 
-    def _tidy(self, connection: _Connection) -> None:
+    def _tidy(self, connection: Connection) -> None:
         """Closes a connection that is out of use."""
         if connection in self._old and not connection.calls:
             self._old.remove(connection)

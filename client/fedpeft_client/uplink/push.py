@@ -35,7 +35,7 @@ from fedpeft_client.egress import message_entries
 from fedpeft_client.egress.log import EgressLog
 from fedpeft_client.error_policy import FAULT, NOT_ABOUT_THE_TASK
 from fedpeft_client.state.outbox import Outcome, Pending
-from fedpeft_client.uplink.channel import Channel
+from fedpeft_client.uplink.channel import Channel, Connection
 from fedpeft_client.uplink.retry import Retry
 from fedpeft_client.uplink.ticket_watch import run_while_ticket_open
 from fedpeft_client.uplink.wire_checks import check_receipt, check_standing, said
@@ -156,20 +156,21 @@ class Pusher:
         What is left is held against the limit on bytes; after a wait the server is asked again where the upload stands.
         """
         manifest = pending.header.manifest
-        waited = True
-        while waited:
-            standing = await self._channel.get_upload(pending.ticket, manifest.sha256)
-            check_standing(standing, manifest.payload_bytes, pending.ticket)
-            if standing.state != run_pb2.TICKET_STATE_ISSUED:
-                return _received(standing, manifest.sha256)
-            entry = message_entries.update(pending, standing.committed_bytes)
-            waited = await self._wait(pending.ticket, entry.wire_bytes)
-        if standing.committed_bytes > self._committed:
-            self._retry.note_progress()
-        self._committed = standing.committed_bytes
-        log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)
-        with self._egress_log.record(entry):
-            return await self._stream(pending, standing.committed_bytes)
+        async with self._channel.own_connection() as own:
+            waited = True
+            while waited:
+                standing = await self._channel.get_upload(pending.ticket, manifest.sha256, on=own)
+                check_standing(standing, manifest.payload_bytes, pending.ticket)
+                if standing.state != run_pb2.TICKET_STATE_ISSUED:
+                    return _received(standing, manifest.sha256)
+                entry = message_entries.update(pending, standing.committed_bytes)
+                waited = await self._wait(pending.ticket, entry.wire_bytes)
+            if standing.committed_bytes > self._committed:
+                self._retry.note_progress()
+            self._committed = standing.committed_bytes
+            log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)
+            with self._egress_log.record(entry):
+                return await self._stream(pending, standing.committed_bytes, own)
 
     async def _wait(self, ticket: str, more_bytes: int) -> bool:
         """Waits until so many bytes may be sent, or the ticket is closed; returns True if it had to."""
@@ -177,8 +178,8 @@ class Pusher:
             return await run_while_ticket_open(self._channel, ticket, self._permit(more_bytes))
         return True
 
-    async def _stream(self, pending: Pending, offset: int) -> pb.PushUpdateResponse:
-        call = self._channel.push_update()
+    async def _stream(self, pending: Pending, offset: int, own: Connection) -> pb.PushUpdateResponse:
+        call = self._channel.push_update(own)
         end, stall_s = EndStatus(call), self._channel.timing.stall_s
         try:
             try:

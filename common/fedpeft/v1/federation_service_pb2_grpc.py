@@ -352,8 +352,10 @@ class FederationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetUpload(self, request, context):
-        """GetUpload says where an upload stands. A client that trains asks every 10 seconds, with no digest, whether its ticket's
-        run goes on, and ends a training that cannot count any more. With the same call it says how far it is (`step`, `steps`).
+        """GetUpload says where an upload stands. Ask on the connection that PushUpdate will take: of several servers behind one
+        name each knows of the bytes that came to itself alone. A client that trains asks every 10 seconds, with no digest,
+        whether its ticket's run goes on, and ends a training that cannot count any more. With the same call it says how far
+        it is (`step`, `steps`).
 
         A client that holds an open ticket and makes no call for 45 seconds, or whose step does not move for 45 seconds and
         twice the time that a step took it so far, is shown to operators as one that hangs. Nothing else follows from it: the

@@ -191,8 +191,10 @@ class FederationServiceStub:
     as not counted, and withdraws the ticket. So keep a payload until the next ticket of the run.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.GetUploadRequest, _federation_service_pb2.GetUploadResponse]
-    """GetUpload says where an upload stands. A client that trains asks every 10 seconds, with no digest, whether its ticket's
-    run goes on, and ends a training that cannot count any more. With the same call it says how far it is (`step`, `steps`).
+    """GetUpload says where an upload stands. Ask on the connection that PushUpdate will take: of several servers behind one
+    name each knows of the bytes that came to itself alone. A client that trains asks every 10 seconds, with no digest,
+    whether its ticket's run goes on, and ends a training that cannot count any more. With the same call it says how far
+    it is (`step`, `steps`).
 
     A client that holds an open ticket and makes no call for 45 seconds, or whose step does not move for 45 seconds and
     twice the time that a step took it so far, is shown to operators as one that hangs. Nothing else follows from it: the
@@ -435,8 +437,10 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_service_pb2.GetUploadRequest,
         context: _aio.ServicerContext[_federation_service_pb2.GetUploadRequest, _abc.Awaitable[_federation_service_pb2.GetUploadResponse]],
     ) -> _abc.Awaitable[_federation_service_pb2.GetUploadResponse]:
-        """GetUpload says where an upload stands. A client that trains asks every 10 seconds, with no digest, whether its ticket's
-        run goes on, and ends a training that cannot count any more. With the same call it says how far it is (`step`, `steps`).
+        """GetUpload says where an upload stands. Ask on the connection that PushUpdate will take: of several servers behind one
+        name each knows of the bytes that came to itself alone. A client that trains asks every 10 seconds, with no digest,
+        whether its ticket's run goes on, and ends a training that cannot count any more. With the same call it says how far
+        it is (`step`, `steps`).
 
         A client that holds an open ticket and makes no call for 45 seconds, or whose step does not move for 45 seconds and
         twice the time that a step took it so far, is shown to operators as one that hangs. Nothing else follows from it: the

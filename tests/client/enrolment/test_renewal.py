@@ -215,8 +215,12 @@ async def test_a_certificate_is_renewed_while_an_upload_is_held_up(
 ) -> None:
     old = short(double, tmp_path, 30)
     line = Line(double.server, slow_after=256 * 1024)
-    async with line.serving() as server, Channel(server, "noto", INSTANCE, old) as channel:
-        call = channel.push_update()
+    async with (
+        line.serving() as server,
+        Channel(server, "noto", INSTANCE, old) as channel,
+        channel.own_connection() as own,
+    ):
+        call = channel.push_update(own)
         chunk = pb.PushUpdateRequest(chunk=tensor_pb2.Chunk(data=bytes(1024 * 1024)))
 
         async def upload() -> None:

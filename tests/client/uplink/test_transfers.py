@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -29,9 +30,11 @@ from fedpeft_client.state.outbox import Outcome
 from fedpeft_client.state.runs import KnownRun
 from fedpeft_client.timing import TIMING
 from fedpeft_client.uplink import pull
+from fedpeft_client.uplink.channel import Channel
 from fedpeft_client.uplink.push import Pusher
 
-from ..transfer_site import Site
+from ..federation import FakeTicket, Federation
+from ..transfer_site import Site, a_run
 
 
 async def test_pull_brings_a_version_and_then_nothing_more(site: Site) -> None:
@@ -197,6 +200,57 @@ async def test_push_continues_at_the_byte_where_it_stopped(site: Site) -> None:
     assert sum(p.received for p in site.federation.pushes) == pending.manifest.payload_bytes
     told = sum(each.entry.wire_bytes for each in read(site.egress_log.path).booked.values())
     assert told >= site.federation.arrivals.wire_bytes, "the ledger never tells less than what left"
+
+
+@asynccontextmanager
+async def balanced(order: Iterable[Federation]) -> AsyncIterator[str]:
+    """Passes each connection on to the next server of an order, as a TCP balancer does; yields its address."""
+    servers = iter(order)
+    tasks = set[asyncio.Task[None]]()
+    writers = list[asyncio.StreamWriter]()
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection("127.0.0.1", next(servers).port)
+        writers.extend((writer, there[1]))
+        tasks.update(asyncio.create_task(pipe(*ends)) for ends in ((reader, there[1]), (there[0], writer)))
+
+    balancer = await asyncio.start_server(connected, "127.0.0.1")
+    try:
+        yield f"127.0.0.1:{balancer.sockets[0].getsockname()[1]}"
+    finally:
+        balancer.close()
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.gather(*tasks)
+
+
+async def test_push_that_another_server_of_the_name_takes_begins_where_that_one_stands(site: Site) -> None:
+    """A balancer gives the next connection to a server that knows nothing of what another one holds of the upload."""
+    pending = site.pending()
+    run = a_run()
+    run.number, run.tickets = 1, {"ticket-1": FakeTicket("ticket-1", "site-a", 1)}
+    other = Federation(run)
+    await other.start()
+    site.federation.break_push_after = [1_234_567]
+    try:
+        async with (
+            balanced([site.federation] * 2 + [other] * 9) as address,
+            Channel(address, "site-a", "0" * 32) as channel,
+        ):
+            await channel.get_upload("ticket-1", b"")  # as a client does that trains: the first connection stays
+            outcome = await Pusher(channel, site.retry, site.egress_log).push(pending, site.log)
+        assert outcome is Outcome.COUNTED
+        assert [push.offset for push in site.federation.pushes] == [0]
+        assert [(push.offset, push.error) for push in other.pushes] == [(0, "")]
+    finally:
+        await other.stop()
 
 
 async def test_each_attempt_of_a_push_is_permitted_for_what_is_left_of_it(site: Site) -> None:
