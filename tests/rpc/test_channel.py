@@ -1,4 +1,4 @@
-"""Channels: TLS 1.3 and nothing older, the authority's server and no other, and no proxy between."""
+"""Channels: TLS 1.3 and nothing older, the authority's server and no other, no proxy, any address of a name."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import grpc
 import pytest
 
 from fedpeft.identity import certificates, folder, keys
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.subject import Role, Subject
+from fedpeft.rpc import channel
 
 CALL = """
 import asyncio, sys
@@ -91,3 +93,37 @@ def test_a_process_of_ours_speaks_nothing_older_than_tls_1_3(
     assert done.returncode == 0, done.stderr
     assert made == [came]
     assert done.stdout.startswith("UNAVAILABLE")
+
+
+async def answering(number: int, stack: AsyncExitStack) -> int:
+    """Starts a server that answers with its number; returns its port."""
+
+    async def answer(request: bytes, context: object) -> bytes:
+        return bytes([number])
+
+    server = grpc.aio.server()
+    handler = grpc.method_handlers_generic_handler("a", {"b": grpc.unary_unary_rpc_method_handler(answer)})
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    stack.push_async_callback(server.stop, None)
+    return port
+
+
+async def test_each_of_a_name_s_addresses_is_called_by_some_and_an_absent_one_by_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel, "_proxied", lambda *_, **__: ())  # several addresses are no HOST:PORT
+    async with AsyncExitStack() as stack:
+        ports = [await answering(number, stack) for number in range(3)]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            ports.append(free.getsockname()[1])
+        server = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
+        answered = set()
+        for _ in range(60):
+            async with channel.open_channel(server) as made:
+                call = made.unary_unary("/a/b")
+                first, second = await call(b"", timeout=20), await call(b"", timeout=20)
+                assert first == second, "a connection goes on with its server"
+                answered.add(first[0])
+        assert answered == {0, 1, 2}

@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 
 Options = Sequence[tuple[str, str | int]]
 
+_ANY_ADDRESS = '{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}'
+"""Of a name's addresses each connection tries the first in an order of its own (gRFC A62): with a name server
+or a hosts file that always gives them in the same order, one of several servers would have every client otherwise."""
+
 _OPTIONS: Options = [
     ("grpc.use_local_subchannel_pool", 1),  # two channels never share a connection: another certificate is another one
+    ("grpc.service_config", _ANY_ADDRESS),
 ]
 
 NO_RETRIES = ("grpc.enable_retries", 0)
