@@ -101,7 +101,7 @@ test-dist: $(STAMP) ## install the wheel with [server] in a fresh environment wi
 	$(BIN)/pytest -n 0 -m slow tests/docs/test_installed.py
 
 test-compose: $(STAMP) ## run deploy/docker-compose.yml with podman to the end of a federation (root, 20 GB); restore a backup
-	$(BIN)/pytest -n 0 -m slow tests/deploy/test_compose_federation.py tests/e2e/test_backup.py
+	$(BIN)/pytest -n 0 -m slow tests/deploy/test_compose_federation.py tests/deploy/test_compose_several.py tests/e2e/test_backup.py
 
 .venv-s3/bin/moto_server: Makefile
 	$(PYTHON) -m venv .venv-s3

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from .conftest import ROOT
@@ -24,8 +26,9 @@ PROJECT = "fedpeft-test"
 TAG = "test"
 STANDINS = ROOT / "tests" / "deploy" / "compose"
 COMPOSE = ROOT / "deploy" / "docker-compose.yml"
-LEFT_OUT = ("grafana", "minio", "client-gpu", "server-2", "server-3")
-"""Parts that this machine cannot have: Grafana's and MinIO's images from a registry, and a GPU in a container."""
+SEVERAL = ROOT / "deploy" / "several.env"
+LEFT_OUT = ("grafana", "client-gpu")
+"""Parts that this machine cannot have: Grafana's image from a registry, and a GPU in a container."""
 BUILD = ["--network", "host", "--isolation", "chroot", "--format", "docker"]
 BASE = "docker.io/library/python:3.11-slim-bookworm"
 WAIT_S = 240.0
@@ -37,11 +40,26 @@ class Stack:
 
     Args:
         log: File that everything podman says goes to.
+        variables: An --env-file of the composition; COMPOSE_PROFILES in it adds the services of these profiles.
+
+    Attributes:
+        services: The services that are run, as the compose file states them, by name.
+        prometheus: URL of Prometheus, outside the containers.
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, variables: Path | None = None) -> None:
         self._log = log.open("ab")
-        self.services: dict[str, Any] = yaml.safe_load(COMPOSE.read_text())["services"]
+        self._files = ["-f", str(COMPOSE), "-f", str(STANDINS / "standins.yml")]
+        profiles: set[str] = set()
+        if variables is not None:
+            self._files += ["--env-file", str(variables)]
+            lines = dict(re.findall(r"^(\w+)=(.*)$", variables.read_text(), flags=re.MULTILINE))
+            profiles.update(lines["COMPOSE_PROFILES"].split(","))
+        self.services: dict[str, Any] = {
+            name: service
+            for name, service in yaml.safe_load(COMPOSE.read_text())["services"].items()
+            if name not in LEFT_OUT and set(service.get("profiles", profiles)) <= profiles
+        }
         self._environment = {**os.environ, "FEDPEFT_TAG": TAG}
         for name in ("CONSOLE", "PROMETHEUS", "GRAFANA"):
             with socket.socket() as probe:
@@ -71,7 +89,7 @@ class Stack:
         targets = {service["build"]["target"] for service in self.services.values() if "build" in service}
         for target in sorted(targets):
             self.build_image(target, TAG, ROOT)
-        for target in ("postgres", "prometheus"):
+        for target in sorted({"postgres", "prometheus", "minio"} & set(self.services)):
             tag = f"localhost/fedpeft-standin-{target}:latest"
             self._say("build", *BUILD, "--target", target, "-t", tag, str(STANDINS))
 
@@ -86,14 +104,13 @@ class Stack:
 
     def up(self) -> None:
         """Starts every service, each when what it depends on has come to the state that it asks for."""
-        waiting = {name: dict(s.get("depends_on", {})) for name, s in self.services.items() if name not in LEFT_OUT}
+        waiting = {name: dict(service.get("depends_on", {})) for name, service in self.services.items()}
         while waiting:
             ready = [name for name, needs in waiting.items() if not set(needs) & set(waiting)]
             assert ready, f"the services {sorted(waiting)} wait for one another"
             for needed, condition in {pair for name in ready for pair in self._conditions(waiting[name])}:
                 self.healthy(needed) if condition == "service_healthy" else self.done(needed)
-            files = ["-f", str(COMPOSE), "-f", str(STANDINS / "standins.yml")]
-            command = ["podman-compose", "-p", PROJECT, *files, "up", "-d", "--no-build", "--no-deps", *ready]
+            command = ["podman-compose", "-p", PROJECT, *self._files, "up", "-d", "--no-build", "--no-deps", *ready]
             subprocess.run(
                 command, env=self._environment, check=True, stdout=self._log, stderr=self._log, timeout=WAIT_S
             )
@@ -130,6 +147,14 @@ class Stack:
             else json.loads(done.stdout)
         )
 
+    def kill(self, service: str) -> None:
+        """Kills a service's container with SIGKILL; nobody starts it again."""
+        self._say("kill", container(service))
+
+    def start(self, service: str) -> None:
+        """Starts a service's container that was killed."""
+        self._say("start", container(service))
+
     def inspect(self, service: str) -> Any:
         """Returns what podman knows of a service's container."""
         done = subprocess.run(["podman", "inspect", container(service)], capture_output=True, text=True, timeout=60)
@@ -148,7 +173,7 @@ class Stack:
     def running(self) -> Iterator[str]:
         """Yields the services that stay."""
         for name, service in self.services.items():
-            if name not in LEFT_OUT and service["restart"] == "unless-stopped":
+            if service["restart"] == "unless-stopped":
                 yield name
 
     def _conditions(self, needs: dict[str, Any]) -> list[tuple[str, str]]:
@@ -163,6 +188,17 @@ class Stack:
         done = subprocess.run(command, env=self._environment, stdout=self._log, stderr=self._log, timeout=1800)
         assert done.returncode == 0 or not check, f"{' '.join(command)} failed; {self._log.name} says why"
         return done.returncode
+
+
+def skip_where_none_can_run() -> None:
+    """Skips the test on a machine without root, podman, podman-compose or the base image."""
+    for program in ("podman", "podman-compose"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    if os.geteuid():
+        pytest.skip("root is needed: networks of containers without it are another program's")
+    if subprocess.run(["podman", "image", "exists", BASE], timeout=60).returncode:
+        pytest.skip(f"{BASE} is not here: podman pull {BASE}")
 
 
 def container(service: str) -> str:

@@ -61,7 +61,7 @@ def test_no_secret_is_in_an_environment_or_a_command(name: str) -> None:
 @each_service
 def test_what_a_service_mounts_is_a_volume_or_read_only(name: str) -> None:
     for mount in SERVICES[name].get("volumes", []):
-        source, _, rest = mount.partition(":")
+        source, _, rest = re.sub(r"\$\{\w+:-(\w*)\}", r"\1", mount).partition(":")
         if source.startswith("."):
             assert rest.endswith(":ro") and (ROOT / "deploy" / source).exists()
         else:
@@ -137,3 +137,22 @@ def test_the_gpu_is_reserved_and_what_cannot_be_had_everywhere_is_asked_for() ->
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     profiles = {name: service["profiles"] for name, service in SERVICES.items() if "profiles" in service}
     assert profiles == {"client-gpu": ["gpu"], "minio": ["s3"], "server-2": ["several"], "server-3": ["several"]}
+
+
+def test_the_file_of_several_daemons_starts_them_on_a_bucket_and_has_each_scraped() -> None:
+    lines = (ROOT / "deploy" / "several.env").read_text().splitlines()
+    given = dict(line.split("=") for line in lines if not line.startswith("#"))
+    profiles = set(given["COMPOSE_PROFILES"].split(","))
+    chosen = {name for name, service in SERVICES.items() if profiles & set(service.get("profiles", ()))}
+    assert chosen == {*SERVERS[1:], "minio"}
+    environment = SERVICES["server"]["environment"]
+    for setting in ("BLOBS", "UPDATES"):
+        assert environment[f"FEDPEFT_SERVER_{setting}"] == f"${{FEDPEFT_{setting}:-}}"
+        assert given[f"FEDPEFT_{setting}"].startswith("s3://fedpeft/"), "the bucket that the entry point of minio makes"
+    mount = "./prometheus/targets/${FEDPEFT_TARGETS:-fedpeft}.yml:/etc/prometheus/targets/fedpeft.yml:ro"
+    assert mount in SERVICES["prometheus"]["volumes"]
+    scraped = {}
+    for name in ("fedpeft", given["FEDPEFT_TARGETS"]):
+        (group,) = yaml.safe_load((ROOT / "deploy" / "prometheus" / "targets" / f"{name}.yml").read_text())
+        scraped[name] = group["targets"]
+    assert scraped == {"fedpeft": ["server:9464"], "several": [f"{server}:9464" for server in SERVERS]}
