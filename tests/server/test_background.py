@@ -106,14 +106,17 @@ async def until_status(daemon: Daemon, wanted: int) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.timed(matching_check_s=0.2)
+@pytest.mark.parametrize("after_s", [0.0, 0.4], ids=["at once", "after others were let pass"])
 async def test_a_run_whose_rounds_cannot_be_opened_shows_in_health_and_hinders_no_other(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, after_s: float
 ) -> None:
     bad = await daemon.create(config(rounds={"count": 1, "clients": 1}), request_id="bad")
     offer = RunEngine.offer
 
     async def faulty(self: RunEngine, *given: Any, **named: Any) -> None:
         if self.run.id == bad.id:
+            await asyncio.sleep(after_s)
             raise RuntimeError("unforeseen")
         await offer(self, *given, **named)
 

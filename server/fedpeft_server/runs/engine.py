@@ -64,6 +64,10 @@ class RunEngine:
         changed: Called after every transition, so that other runs and watchers look again.
         timing: Pauses before a deadline or a fold that the database did not allow is tried again.
         versioned: Called once a version was made here.
+
+    Attributes:
+        opened: Time at which it sampled last.
+        is_offered: True while it has yet to sample from an offer: it sees who waits by then, and needs no other one.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class RunEngine:
         versioned: Callable[[str], None] = lambda run: None,
     ) -> None:
         self.opened = 0.0
+        self.is_offered = False
         self.actor = RunActor(run, current, store, byte_counter, self._entered)
         self.tasks = self.actor.tasks
         self._store = store
@@ -96,7 +101,6 @@ class RunEngine:
         self._timing = timing
         self._waiting: list[Receipt] = []
         self._moved = asyncio.Event()  # set at the next change of the run
-        self._is_offered = False  # True until the command of the last offer has ended
         self._corrupt: set[tuple[int, str]] = set()
         """Versions of which the audit log was told that they are corrupt, and the words; once is enough."""
         self._timer: asyncio.TimerHandle | None = None
@@ -165,21 +169,17 @@ class RunEngine:
         return await self.actor.call(self.actor.refresh)
 
     async def offer(self, clients: AbstractSet[str], waited_s: float) -> None:
-        """Lets the run sample from the clients that wait; for so long at least a quorum has.
-
-        Nothing more is asked of a run that has yet to look at the last offer: it sees who waits by then.
-        """
-        if self.run.state is not RunState.RUNNING or self._is_offered:
+        """Lets the run sample from the clients that wait; for so long at least a quorum has."""
+        if self.run.state is not RunState.RUNNING:
             return
         poor = conduct.Demerits(self._participation.conducts(self.run.id), self.round.number)
         waiting = events.Waiting(clients, poor, waited_s)
         if self.actor.changes(self.actor.status, waiting):  # as a rule there are none
-            self._is_offered = True
-            await self.actor.call(partial(self._sample, waiting))
-
-    async def _sample(self, waiting: events.Waiting) -> None:
-        self._is_offered = False
-        await self.actor.advance(waiting)
+            self.is_offered = True
+            try:
+                await self.actor.call(lambda: self.actor.advance(waiting))
+            finally:
+                self.is_offered = False
 
     async def receive(self, update: UpdateRow, by: str) -> UpdateRow:
         """Counts a durable update that `by` sent; one that was counted before is returned as it was then.

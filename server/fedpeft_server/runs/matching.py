@@ -117,15 +117,19 @@ class Matching:
                     await self._news.wait()
 
     async def _offer(self, engines: Iterable[RunEngine]) -> None:
-        """Offers the lobby to some runs, the one that sampled longest ago first."""
+        """Offers the lobby to some runs, the one that sampled longest ago first; one that is busy holds up no other."""
         for engine in sorted(engines, key=lambda e: e.opened):
-            with self._background.attempt("matching", engine.run.id), suppress(TimeoutError):
-                ready = self.ready(engine.run.id)
-                async with asyncio.timeout(self._timing.matching_check_s):  # a run that is busy holds up no other
-                    await engine.offer(ready, self._gathering.waited_s(engine, len(ready)))
+            if not engine.is_offered:
+                offering = self._background.begin("matching", self._offer_to(engine))
+                await asyncio.wait({offering}, timeout=self._timing.matching_check_s)
         with self._background.attempt("matching"):
             for engine in engines:
                 self._count_clients(engine)
+
+    async def _offer_to(self, engine: RunEngine) -> None:
+        with self._background.attempt("matching", engine.run.id):
+            ready = self.ready(engine.run.id)
+            await engine.offer(ready, self._gathering.waited_s(engine, len(ready)))
 
     def _count_clients(self, engine: RunEngine) -> None:
         """Shows what the clients of a run do; one that ended has no such series any more."""
