@@ -374,8 +374,11 @@ class Agent:
             self._attempts.forget((task.run, task.version))
             self._holds.succeeded(task.run)
             return
-        log.error("version is not scored", version=task.version, cause=failure.local_text)
-        if failure.kind not in _NOBODYS_FAULT:
+        is_fault = failure.kind not in _NOBODYS_FAULT
+        (log.error if is_fault else log.warning)(
+            "version is not scored", version=task.version, cause=failure.local_text
+        )
+        if is_fault:
             await self._cannot_score(task, failure, log)
         await self._setback.pause()
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.numpy
 
-from fedpeft.errors import CertificateRevoked, Internal, MetricsInvalid, RoundClosed
+from fedpeft.errors import CertificateRevoked, Internal, MetricsInvalid, RoundClosed, VersionRemoved
 from fedpeft.v1 import run_pb2
 from fedpeft_client.__main__ import run
 from fedpeft_client.egress.entries import Kind, Outcome, read
@@ -209,6 +209,18 @@ async def test_a_version_that_cannot_be_scored_is_given_up_and_later_ones_go_on(
     booked = read(tmp_path / "site-a" / "ledger.jsonl").booked.values()
     words = [row.text() for row in rows(booked) if row.entry.kind is Kind.EVALUATION]
     assert words[1] == "version 0 cannot be scored: METRICS_INVALID: the figure loss is -1"
+
+
+async def test_a_version_that_the_server_removed_meanwhile_is_no_error_of_an_evaluator(
+    federation: Federation, start_client: StartClient
+) -> None:
+    """It was stopped for a while, and the server keeps the newest few."""
+    federation.run = tiny_run()
+    federation.fail = {"PullAdapter": [VersionRemoved("version 0 was removed by the server's retention")]}
+    client = await start_client("--evaluate")
+    await client.said("evaluated")
+    assert [event["level"] for event in client.events("version is not scored")] == ["warning"]
+    assert federation.run.failures == {}
 
 
 async def test_a_version_is_scored_once_the_state_directory_can_be_written_again(
