@@ -211,7 +211,7 @@ class Schedule:
         if name == "undisturbed":
             return cls(name, longest_training_s=0.0)
         if name == "disks that lie":
-            deaths = tuple(Kill(1.0 + 1.1 * n, "server", 0.1, power=True) for n in range(6))
+            deaths = tuple(Kill(2.0 * (n + 1), "server", 0.1, power=True) for n in range(8))
             return cls(name, deaths, own_disks=True, disks_lie=True, patience_s=15.0)
         if name.isdecimal():
             return cls.drawn(int(name))

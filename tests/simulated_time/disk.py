@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+PAGE_BYTES = 4096
 SQLITE = ("fedpeft.db", "fedpeft.db-wal", "fedpeft.db-shm", "fedpeft.db-journal")
 
 
@@ -104,3 +105,19 @@ def _places(path: Path) -> Iterator[Path]:
         for name in (*folders, *files):
             if not Path(parent, name).is_symlink():
                 yield Path(parent, name)
+
+
+def written(before: bytes, failed: bytes, data: bytes) -> bytes:
+    """Returns the bytes of a file on its disk after a sync that was well, once one failed.
+
+    Args:
+        before: Its bytes on the disk until then.
+        failed: Its bytes as a sync failed; none if none did.
+        data: Its bytes as the sync was well.
+    """
+    pages = []
+    for at in range(0, len(data), PAGE_BYTES):
+        old, page = before[at : at + PAGE_BYTES], data[at : at + PAGE_BYTES]
+        is_taken_for_written = page == failed[at : at + PAGE_BYTES] and page != old
+        pages.append(old[: len(page)].ljust(len(page), b"\0") if is_taken_for_written else page)
+    return b"".join(pages)
