@@ -12,7 +12,7 @@ import numpy as np
 from processes import Processes, Work, wait_for
 
 JOB = Path(__file__).parent / "nvflare_job"
-_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
+_TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}")
 
 
 class NVFlare:
@@ -49,11 +49,13 @@ class NVFlare:
         return max(done, max(self.began(), default=0))
 
     def began(self) -> dict[int, float]:
-        """Returns the time at which each round began, by its number from 0 on, as the server says it."""
-        lines = re.findall(
-            r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}).*Round (\d+) started", self._processes.log("server")
-        )
-        return {int(number): datetime.strptime(at, "%Y-%m-%d %H:%M:%S,%f").timestamp() for at, number in lines}
+        """Returns the time at which each round began, by its number from 0 on; the word is a line below the time."""
+        found, at = {}, ""
+        for line in self._processes.log("server").splitlines():
+            at = _TIME.findall(line)[0] if _TIME.match(line) else at
+            for number in re.findall(r"Round (\d+) started", line):
+                found[int(number)] = datetime.strptime(at, "%Y-%m-%d %H:%M:%S,%f").timestamp()
+        return found
 
     def status(self) -> str:
         """Returns NVFlare's word on the job."""

@@ -36,9 +36,9 @@ def test_the_servers_word_says_when_rounds_begin(frameworks):
         def log(self, name):
             assert name == "server"
             return (
-                "2026-11-30 20:00:01,500 - FedAvg - INFO - [identity=x]: Round 0 started.\n"
+                "2026-11-30 20:00:01,500 - FedAvg - INFO - [identity=x] -\n      Round 0 started.      \n"
                 "2026-11-30 20:00:02,000 - Other - INFO - Round robin\n"
-                "2026-11-30 20:00:03,250 - FedAvg - INFO - [identity=x]: Round 1 started.\n"
+                "2026-11-30 20:00:03,250 - FedAvg - INFO - [identity=x] - Round 1 started.\n"
             )
 
     peer = object.__new__(frameworks.nv_flare.NVFlare)
