@@ -40,14 +40,14 @@ from fedpeft_server.metrics import Metrics
 from fedpeft_server.rpc import pages
 from fedpeft_server.rpc.caller_log import CallerLog
 from fedpeft_server.rpc.chunk_cache import ChunkCache
-from fedpeft_server.rpc.messages import ROLES, RUN_STATES, TICKET_STATES, run_message, timestamp
+from fedpeft_server.rpc.messages import ROLES, RUN_STATES, TICKET_STATES, receipt_message, run_message, timestamp
 from fedpeft_server.rpc.sessions import Sessions
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.progress import Report, State
 from fedpeft_server.runs.runs import Runs
-from fedpeft_server.runs.ticket_index import usable_ticket
+from fedpeft_server.runs.ticket_index import is_closed_elsewhere
 from fedpeft_server.store.blobs.download_cache import Encoded
-from fedpeft_server.store.rows import AnswerRow, ClientRow, FailedEvaluation, RunRow, UpdateRow
+from fedpeft_server.store.rows import AnswerRow, ClientRow, FailedEvaluation, RunRow
 from fedpeft_server.store.store import Store, file_key
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.incoming import Context, first_header
@@ -252,7 +252,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         noting_refusals = self._runs.progress.noting_refusals(engine.run.id, client, State.UPLOADING)
         with noting_refusals, tracing.span("receive", engine.run.id, ticket.issued_in, client=client):
             update = await self._uploads.push(engine, ticket, header, context)
-        return _receipt(update)
+        return receipt_message(update)
 
     async def GetUpload(self, request: pb.GetUploadRequest, context: Context) -> pb.GetUploadResponse:
         """Returns the state of an upload."""
@@ -267,7 +267,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         )
         if received:
             answer.committed_bytes = received.manifest.payload_bytes
-            answer.receipt.CopyFrom(_receipt(received))
+            answer.receipt.CopyFrom(receipt_message(received))
             return answer
         try:
             answer.committed_bytes = await self._store.file(self._store.updates.position, ticket.id, request.sha256)
@@ -386,7 +386,12 @@ class Federation(pb_grpc.FederationServiceServicer):
         for engine in self._runs.active(run):
             if engine.run.id in left_out:
                 continue
-            ticket = await usable_ticket(engine, client, self._store, self._runs.follow)
+            ticket = engine.open_ticket(client)
+            if ticket and await is_closed_elsewhere(ticket, self._store):
+                await self._runs.follow(engine.run.id)
+                if not self._runs.is_usable(engine.run.id, client, ticket.id):
+                    return await self._training(client, run, left_out)  # another run may have sampled it meanwhile
+                ticket = None
             if ticket and answers.accepted(engine.run.id, client):
                 self._byte_counter.assign(engine.run.id, ticket.issued_in, client)
                 return pb.AwaitRoundResponse(training=_task(engine, ticket))
@@ -489,9 +494,3 @@ def _check_digest(field: str, sha256: bytes) -> None:
     if len(sha256) not in (0, 32):
         text = f"has {len(sha256)} bytes; a SHA-256 digest has 32"
         raise DigestInvalid(f"{field} {text}", ((field, text),))
-
-
-def _receipt(update: UpdateRow) -> pb.PushUpdateResponse:
-    return pb.PushUpdateResponse(
-        ticket=update.ticket, sha256=update.manifest.sha256, received_at=timestamp(update.received_at)
-    )

@@ -28,6 +28,7 @@ from fedpeft_server.store.rows import (
     RunState,
     TicketFigures,
     TokenRow,
+    UpdateRow,
 )
 
 DECLINES_BYTES = 256 * 1024
@@ -169,6 +170,13 @@ def ticket_message(row: TicketFigures) -> run_pb2.Ticket:
         payload_bytes_up=row.traffic.payload_up,
         payload_bytes_down=row.traffic.payload_down,
         base_version=row.ticket.base_version,
+    )
+
+
+def receipt_message(update: UpdateRow) -> federation_service_pb2.PushUpdateResponse:
+    """Returns the receipt of an update."""
+    return federation_service_pb2.PushUpdateResponse(
+        ticket=update.ticket, sha256=update.manifest.sha256, received_at=timestamp(update.received_at)
     )
 
 

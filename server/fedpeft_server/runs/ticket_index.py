@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-
 from fedpeft.errors import TicketNotFound
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.tickets import Ticket, Tickets, TicketState
-from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.store.store import Store
 
 NONE = Tickets()
@@ -39,26 +35,15 @@ class TicketIndex:
             del self._runs[ticket.id]
 
 
-async def usable_ticket(
-    engine: RunEngine, client: str, store: Store, follow: Callable[[str], Awaitable[None]]
-) -> Ticket | None:
-    """Returns the ticket of a run that a client can use now, by the database where other daemons write to it too.
+async def is_closed_elsewhere(ticket: Ticket, store: Store) -> bool:
+    """Returns True if another daemon has closed a ticket that is open by what this one knows.
 
-    The word of another daemon may be on its way that it has the update: a client that was given its ticket again would
-    take the receipt for lost.
-
-    Args:
-        engine: The run.
-        client: The client.
-        store: The database.
-        follow: Takes up what another daemon has made of a run.
+    Its word that it has the update may be on the way: a client that was given the ticket again would take its receipt
+    for lost.
     """
-    ticket = engine.open_ticket(client)
-    if ticket is None or not store.db.is_shared:
-        return ticket
-    with suppress(TicketNotFound):
-        if (await store.transact(store.db.ticket, ticket.id)).ticket.state is TicketState.ISSUED:
-            return ticket
-    await follow(engine.run.id)
-    found = engine.open_ticket(client)
-    return None if found is not None and found.id == ticket.id else found
+    if not store.db.is_shared:
+        return False
+    try:
+        return (await store.transact(store.db.ticket, ticket.id)).ticket.state is not TicketState.ISSUED
+    except TicketNotFound:  # the run was deleted
+        return True
