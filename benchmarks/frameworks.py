@@ -89,15 +89,16 @@ def _watched(processes: Processes, server: str, ends: Callable[[], list[float]],
         RuntimeError: If none ends for long, with the last words of the server.
     """
     peaks: dict[int, int] = {}
-    known, moved = 0, time.monotonic()
-    while known < rounds:
+    found, moved = ends(), time.monotonic()
+    while len(found) < rounds:
         time.sleep(LOOK_S)
         processes.peak_bytes(server, peaks)
-        if len(ends()) > known:
-            known, moved = len(ends()), time.monotonic()
+        before, found = len(found), ends()
+        if len(found) > before:
+            moved = time.monotonic()
         if time.monotonic() - moved > SILENT_S:
-            raise RuntimeError(f"{known} of {rounds} rounds in {SILENT_S:.0f} s:\n{processes.log(server)[-2000:]}")
-    cycles = [after - before for before, after in itertools.pairwise(ends())]
+            raise RuntimeError(f"{len(found)} of {rounds} rounds in {SILENT_S:.0f} s:\n{processes.log(server)[-2000:]}")
+    cycles = [after - before for before, after in itertools.pairwise(found)]
     return {"round_s": statistics.median(cycles), "server_peak_bytes": sum(peaks.values())}
 
 
