@@ -33,6 +33,7 @@ from fedpeft.errors import (
     TicketNotFound,
     TicketOfAnother,
     UpdateDiffers,
+    UploadIncomplete,
     VersionNotFound,
 )
 from fedpeft.rpc import status, wire
@@ -377,6 +378,8 @@ class Federation(pb_grpc.FederationServiceServicer):
         limit = self.break_push_after.pop(0) if self.break_push_after else None
         async for message in requests:
             await self._take(ticket, message.chunk, push, limit, context)
+        if len(ticket.held) < header.manifest.payload_bytes:
+            raise UploadIncomplete(f"ended at byte {len(ticket.held)}")
         assert hashlib.sha256(ticket.held).digest() == header.manifest.sha256
         ticket.header, ticket.state = header, run_pb2.TICKET_STATE_RECEIVED
         ticket.receipt = pb.PushUpdateResponse(ticket=ticket.id, sha256=header.manifest.sha256)
@@ -392,6 +395,8 @@ class Federation(pb_grpc.FederationServiceServicer):
     ) -> None:
         if push.offset is None:
             push.offset = chunk.offset
+            if chunk.offset == 0:
+                ticket.held.clear()
         if chunk.offset != len(ticket.held):
             raise OffsetOutOfRange(f"byte {chunk.offset} came, {len(ticket.held)} is next")
         data = chunk.data if limit is None else chunk.data[: limit - push.received]

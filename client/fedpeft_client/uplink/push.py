@@ -23,6 +23,7 @@ from fedpeft.errors import (
     TicketClosed,
     UpdateDiffers,
     UpdateExcluded,
+    UploadIncomplete,
 )
 from fedpeft.process.logs import Log
 from fedpeft.rpc import chunk_messages
@@ -151,26 +152,41 @@ class Pusher:
             await backoff.pause()
 
     async def _continue(self, pending: Pending, log: Log) -> pb.PushUpdateResponse:
-        """Makes one upload call, which begins at the first byte that the server does not hold.
+        """Uploads once, from the first byte that the server does not hold.
+
+        A balancer may give each call to another server, and each holds what came to itself: one that stands elsewhere
+        than the one that was asked is sent all.
+        """
+        async with self._channel.own_connection() as own:
+            try:
+                return await self._upload(pending, own, log)
+            except (OffsetOutOfRange, UploadIncomplete) as error:
+                log.warning("upload starts over", cause=str(error))
+                return await self._upload(pending, own, log, anew=True)
+
+    async def _upload(
+        self, pending: Pending, own: Connection, log: Log, *, anew: bool = False
+    ) -> pb.PushUpdateResponse:
+        """Makes one upload call, which begins where the upload stands, or at byte 0 if `anew`.
 
         What is left is held against the limit on bytes; after a wait the server is asked again where the upload stands.
         """
         manifest = pending.header.manifest
-        async with self._channel.own_connection() as own:
-            waited = True
-            while waited:
-                standing = await self._channel.get_upload(pending.ticket, manifest.sha256, on=own)
-                check_standing(standing, manifest.payload_bytes, pending.ticket)
-                if standing.state != run_pb2.TICKET_STATE_ISSUED:
-                    return _received(standing, manifest.sha256)
-                entry = message_entries.update(pending, standing.committed_bytes)
-                waited = await self._wait(pending.ticket, entry.wire_bytes)
-            if standing.committed_bytes > self._committed:
-                self._retry.note_progress()
-            self._committed = standing.committed_bytes
-            log.info("uploading", bytes=manifest.payload_bytes, offset=standing.committed_bytes)
-            with self._egress_log.record(entry):
-                return await self._stream(pending, standing.committed_bytes, own)
+        waited = True
+        while waited:
+            standing = await self._channel.get_upload(pending.ticket, manifest.sha256, on=own)
+            check_standing(standing, manifest.payload_bytes, pending.ticket)
+            if standing.state != run_pb2.TICKET_STATE_ISSUED:
+                return _received(standing, manifest.sha256)
+            offset = 0 if anew else standing.committed_bytes
+            entry = message_entries.update(pending, offset)
+            waited = await self._wait(pending.ticket, entry.wire_bytes)
+        if standing.committed_bytes > self._committed:
+            self._retry.note_progress()
+        self._committed = standing.committed_bytes
+        log.info("uploading", bytes=manifest.payload_bytes, offset=offset)
+        with self._egress_log.record(entry):
+            return await self._stream(pending, offset, own)
 
     async def _wait(self, ticket: str, more_bytes: int) -> bool:
         """Waits until so many bytes may be sent, or the ticket is closed; returns True if it had to."""

@@ -141,7 +141,7 @@ class FederationServiceStub:
     """
     PushUpdate: _aio.StreamUnaryMultiCallable[_federation_service_pb2.PushUpdateRequest, _federation_service_pb2.PushUpdateResponse]
     """PushUpdate uploads the update of one ticket: a header, then chunks in order, the first at the byte that GetUpload
-    names. It answers only when the whole update is checked and durable: once answered, no crash of the server or of its
+    names, or at byte 0: what the server holds of the upload is discarded then. It answers only when the whole update is checked and durable: once answered, no crash of the server or of its
     machine loses it. Repeating it gives the same receipt and counts once.
     The server sends its initial metadata, with the entry `fedpeft-turn` of value `1`, when it is this upload's turn; a
     client waits for them before the first chunk, so that an upload that waits costs neither side memory. That the entry is
@@ -167,7 +167,7 @@ class FederationServiceStub:
       INVALID_ARGUMENT     UPLOAD_INCOMPLETE    the stream was half-closed before the last byte; continue where GetUpload says
       INVALID_ARGUMENT     PAYLOAD_INVALID      a value is not finite, sparse data is malformed, or the norm is above
                                                 PrivacyConfig.clip_norm; the ticket is closed
-      OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  not at the byte where the upload stands; ask GetUpload
+      OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  not at the byte where the upload stands; ask GetUpload, or begin at byte 0
       DATA_LOSS            CHECKSUM_MISMATCH    the bytes do not have the manifest's digest; the upload starts over
       RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, TRANSFERS_BUSY, DISK_FULL
       ABORTED              TURN_OVER            others wait, or a newer upload of the client took its turn; continue where GetUpload says
@@ -192,7 +192,8 @@ class FederationServiceStub:
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_federation_service_pb2.GetUploadRequest, _federation_service_pb2.GetUploadResponse]
     """GetUpload says where an upload stands. Ask on the connection that PushUpdate will take: of several servers behind one
-    name each knows of the bytes that came to itself alone. A client that trains asks every 10 seconds, with no digest,
+    name each knows of the bytes that came to itself alone. Where a balancer gives each call to another server, PushUpdate
+    may end with OFFSET_OUT_OF_RANGE, or with UPLOAD_INCOMPLETE if it had no chunk: begin at byte 0 then. A client that trains asks every 10 seconds, with no digest,
     whether its ticket's run goes on, and ends a training that cannot count any more. With the same call it says how far
     it is (`step`, `steps`).
 
@@ -381,7 +382,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_abc.AsyncIterator[_federation_service_pb2.PushUpdateRequest], _abc.Awaitable[_federation_service_pb2.PushUpdateResponse]],
     ) -> _abc.Awaitable[_federation_service_pb2.PushUpdateResponse]:
         """PushUpdate uploads the update of one ticket: a header, then chunks in order, the first at the byte that GetUpload
-        names. It answers only when the whole update is checked and durable: once answered, no crash of the server or of its
+        names, or at byte 0: what the server holds of the upload is discarded then. It answers only when the whole update is checked and durable: once answered, no crash of the server or of its
         machine loses it. Repeating it gives the same receipt and counts once.
         The server sends its initial metadata, with the entry `fedpeft-turn` of value `1`, when it is this upload's turn; a
         client waits for them before the first chunk, so that an upload that waits costs neither side memory. That the entry is
@@ -407,7 +408,7 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT     UPLOAD_INCOMPLETE    the stream was half-closed before the last byte; continue where GetUpload says
           INVALID_ARGUMENT     PAYLOAD_INVALID      a value is not finite, sparse data is malformed, or the norm is above
                                                     PrivacyConfig.clip_norm; the ticket is closed
-          OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  not at the byte where the upload stands; ask GetUpload
+          OUT_OF_RANGE         OFFSET_OUT_OF_RANGE  not at the byte where the upload stands; ask GetUpload, or begin at byte 0
           DATA_LOSS            CHECKSUM_MISMATCH    the bytes do not have the manifest's digest; the upload starts over
           RESOURCE_EXHAUSTED   UPDATE_TOO_LARGE, TRANSFERS_BUSY, DISK_FULL
           ABORTED              TURN_OVER            others wait, or a newer upload of the client took its turn; continue where GetUpload says
@@ -438,7 +439,8 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_federation_service_pb2.GetUploadRequest, _abc.Awaitable[_federation_service_pb2.GetUploadResponse]],
     ) -> _abc.Awaitable[_federation_service_pb2.GetUploadResponse]:
         """GetUpload says where an upload stands. Ask on the connection that PushUpdate will take: of several servers behind one
-        name each knows of the bytes that came to itself alone. A client that trains asks every 10 seconds, with no digest,
+        name each knows of the bytes that came to itself alone. Where a balancer gives each call to another server, PushUpdate
+        may end with OFFSET_OUT_OF_RANGE, or with UPLOAD_INCOMPLETE if it had no chunk: begin at byte 0 then. A client that trains asks every 10 seconds, with no digest,
         whether its ticket's run goes on, and ends a training that cannot count any more. With the same call it says how far
         it is (`step`, `steps`).
 

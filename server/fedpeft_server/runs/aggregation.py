@@ -262,7 +262,6 @@ class Folding:
         self._round_log = round_log
         self._timing = timing
         self._lease = FoldLease(actor.run.id, store, timing)
-        self._epoch = 0
         self._task: asyncio.Task[None] | None = None
         self._due = False
         self._closing = False
@@ -292,7 +291,6 @@ class Folding:
                 if epoch is None:
                     self._due = True
                     continue
-                self._epoch = epoch
                 async with self._lease.kept(epoch):
                     if epoch:
                         await self._actor.call(self._actor.refresh)  # its last holder may have folded the round
@@ -319,7 +317,7 @@ class Folding:
         began = time.perf_counter()
         try:
             with tracing.span("fold", self._actor.run.id, folding.number):
-                result = await self._fold_round(folding)
+                result = await self._fold_round(folding, epoch)
                 committed = await self._actor.call(lambda: self._commit(folding, result, began, epoch))
         except RoundEmptied as emptied:
             await self._reopen(folding, Excluded(emptied.excluded), epoch)
@@ -347,14 +345,14 @@ class Folding:
             version = await self._store.transact(self._store.db.version, self._actor.run.id, number)
             await self._store.fold(forget_other_draws, version, self._store)
 
-    async def _fold_round(self, folding: Round) -> Result:
+    async def _fold_round(self, folding: Round, epoch: int) -> Result:
         db = self._store.db
         earlier = screening.comparable(self._actor.run.spec, folding.number)
         found = await self._store.read(
             db.fold_inputs, self._actor.run.id, folding.number, folding.base_version, earlier
         )
         past = [screening.median(found.extents(number, self._actor.run.config.training)) for number in earlier]
-        check = partial(self._check_lease, asyncio.get_running_loop(), self._epoch)
+        check = partial(self._check_lease, asyncio.get_running_loop(), epoch)
         return await self._store.fold(aggregate, self._actor.run, folding, found, past, self._store, check)
 
     def _check_lease(self, loop: asyncio.AbstractEventLoop, epoch: int) -> None:

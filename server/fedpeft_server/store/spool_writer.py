@@ -83,6 +83,8 @@ class SpoolWriter:
         self._digest = digest
         """Of the bytes up to `_position`; None if an earlier process wrote some of them."""
         self._whole = descriptor is None
+        self._is_first = True
+        """Until a chunk was written."""
 
     @property
     def position(self) -> int:
@@ -94,15 +96,15 @@ class SpoolWriter:
         return None if self._digest is None else (self._position, self._digest)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Appends a chunk.
+        """Appends a chunk; the writer's first one may begin at byte 0 instead, which discards what is held.
 
         Args:
-            offset: Its first byte's position in the payload; must be `position`.
+            offset: Its first byte's position in the payload; must be `position`, or 0 for the writer's first chunk.
             data: 1 byte to 1 MiB.
 
         Raises:
             ChunkInvalid: If it is empty, too large, or ends beyond the payload.
-            OffsetOutOfRange: If it does not begin at `position`.
+            OffsetOutOfRange: If it begins elsewhere.
             TurnOver: If a newer upload of the ticket took over, or its files were removed with its round.
             DiskFull: If there is no room; what fitted is kept. Likewise StoreUnavailable, if the folder refuses.
         """
@@ -111,13 +113,23 @@ class SpoolWriter:
             text = f"has {len(view)} bytes; 1 to {CHUNK_BYTES} are allowed"
             raise ChunkInvalid(f"a chunk of ticket {self.ticket} {text}", (("chunk.data", text),))
         with self._lock, store_refusals(f"writing the upload of {self.ticket}"):
-            self._check_place(offset, len(view))
+            self._check_current()
+            anew = offset == 0 and self._is_first and not self._whole
+            self._check_place(offset, 0 if anew else self._position, len(view))
+            if anew:
+                self._begin_anew()
+            self._is_first = False
             self._append(view)
 
-    def _check_place(self, offset: int, length: int) -> None:
-        self._check_current()
-        if offset != self._position:
-            text = f"begins at byte {offset}; the upload stands at {self._position}"
+    def _begin_anew(self) -> None:
+        assert self._descriptor is not None
+        os.ftruncate(self._descriptor, 0)
+        self._position = self._started = 0
+        self._digest = hashlib.sha256()
+
+    def _check_place(self, offset: int, position: int, length: int) -> None:
+        if offset != position:
+            text = f"begins at byte {offset}; the upload stands at {position}"
             raise OffsetOutOfRange(f"a chunk of ticket {self.ticket} {text}", (("chunk.offset", text),))
         if offset + length > self.manifest.payload_bytes:
             text = f"ends at byte {offset + length}; the payload has {self.manifest.payload_bytes}"

@@ -253,6 +253,34 @@ async def test_push_that_another_server_of_the_name_takes_begins_where_that_one_
         await other.stop()
 
 
+@pytest.mark.parametrize("begun", [1_234_567, 0], ids=["a part is there", "nothing is there"])
+async def test_push_behind_a_balancer_of_calls_is_sent_whole_to_the_server_that_takes_it(
+    site: Site, begun: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the upload stands another server was asked than the one that takes it, and that one stands elsewhere."""
+    pending = site.pending()
+    run = a_run()
+    run.number, run.tickets = 1, {"ticket-1": FakeTicket("ticket-1", "site-a", 1)}
+    other = Federation(run)
+    await other.start()
+    payload_bytes = pending.payload.read_bytes()
+    site.ticket.held_sha256 = run.tickets["ticket-1"].held_sha256 = pending.manifest.sha256
+    site.ticket.held = bytearray(payload_bytes if not begun else payload_bytes[:99])
+    run.tickets["ticket-1"].held = bytearray(payload_bytes[:begun])
+    try:
+        async with (
+            Channel(f"127.0.0.1:{other.port}", "site-a", "0" * 32) as there,
+            there.own_connection() as taking,
+            Channel(site.federation.address, "site-a", "0" * 32) as channel,
+        ):
+            monkeypatch.setattr(channel, "push_update", lambda _: there.push_update(taking))
+            outcome = await Pusher(channel, site.retry, site.egress_log).push(pending, site.log)
+        assert outcome is Outcome.COUNTED
+        assert [push.received for push in other.pushes] == [0, len(payload_bytes)]
+    finally:
+        await other.stop()
+
+
 async def test_each_attempt_of_a_push_is_permitted_for_what_is_left_of_it(site: Site) -> None:
     asked = list[int]()
 

@@ -40,10 +40,10 @@ async def folding_both(cluster: Cluster) -> tuple[str, Server, Server]:
 async def test_one_folds_while_the_other_waits(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     folds, fold = list[object](), aggregation.Folding._fold_round
 
-    async def counted(self: aggregation.Folding, folding: Round) -> Any:
+    async def counted(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
         folds.append(self)
         await asyncio.sleep(0.5)
-        return await fold(self, folding)
+        return await fold(self, folding, epoch)
 
     monkeypatch.setattr(aggregation.Folding, "_fold_round", counted)
     run, one, two = await folding_both(cluster)
@@ -62,9 +62,9 @@ async def test_another_takes_over_from_one_that_does_not_prolong_its_lease(
     back, fold, keep = asyncio.Event(), aggregation.Folding._fold_round, FoldLease._keep
     first: list[aggregation.Folding] = []
 
-    async def hangs(self: aggregation.Folding, folding: Round) -> Any:
+    async def hangs(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
         first[:] = first or [self]
-        result = await fold(self, folding)
+        result = await fold(self, folding, epoch)
         if self is first[0]:
             await back.wait()
         return result
@@ -102,11 +102,11 @@ async def test_a_fold_that_fails_once_another_has_its_lease_changes_nothing(
     back, go, fold = asyncio.Event(), asyncio.Event(), aggregation.Folding._fold_round
     folds: list[aggregation.Folding] = []
 
-    async def stands_still(self: aggregation.Folding, folding: Round) -> Any:
+    async def stands_still(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
         folds.append(self)
         if self is not folds[0]:
             await go.wait()
-            return await fold(self, folding)
+            return await fold(self, folding, epoch)
         await back.wait()
         if finds == "a store away":
             raise StoreUnavailable("the bucket did not answer")
