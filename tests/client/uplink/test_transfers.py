@@ -257,7 +257,7 @@ async def test_push_that_another_server_of_the_name_takes_begins_where_that_one_
 async def test_push_behind_a_balancer_of_calls_is_sent_whole_to_the_server_that_takes_it(
     site: Site, begun: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the upload stands another server was asked than the one that takes it, and that one stands elsewhere."""
+    """The server that takes it stands elsewhere than the one that was asked where the upload stands."""
     pending = site.pending()
     run = a_run()
     run.number, run.tickets = 1, {"ticket-1": FakeTicket("ticket-1", "site-a", 1)}
