@@ -321,29 +321,6 @@ class TestRefusing:
                 writer.finish()
         assert spool.position(TICKET, manifest.sha256) == 500
 
-    @pytest.mark.parametrize("dies", [False, True], ids=["a cut", "a restart"])
-    def test_an_upload_may_begin_anew_with_its_first_chunk(self, folder: Path, dies: bool) -> None:
-        """Its client may know of no byte that is here."""
-        spool, (manifest, data) = Spool(folder), update()
-        with spool.writer(TICKET, manifest) as writer:
-            writer.write(0, bytes(500))
-        spool = Spool(folder) if dies else spool
-        with spool.writer(TICKET, manifest) as writer:
-            assert writer.position == 500
-            writer.write(0, data[:300])
-            assert writer.position == 300 == spool.position(TICKET, manifest.sha256)
-            with pytest.raises(OffsetOutOfRange, match="begins at byte 0; the upload stands at 300"):
-                writer.write(0, data[:300])
-        assert send(spool, manifest, data).read_bytes() == data
-
-    def test_a_chunk_that_does_not_fit_discards_nothing(self, spool: Spool) -> None:
-        manifest, data = update()
-        with spool.writer(TICKET, manifest) as writer:
-            writer.write(0, data[:500])
-        with spool.writer(TICKET, manifest) as writer, pytest.raises(ChunkInvalid):
-            writer.write(0, bytes(8001))
-        assert spool.position(TICKET, manifest.sha256) == 500
-
     def test_a_wrong_digest_starts_over(self, spool: Spool, folder: Path) -> None:
         manifest, data = update()
         with pytest.raises(ChecksumMismatch, match=manifest.sha256.hex()):
