@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from fedpeft.process.addresses import LAST_PORT, Address, check_endpoint
+from fedpeft.process.addresses import LAST_PORT, Address, check_database_url, check_endpoint
 from fedpeft.process.logs import Level, LogFormat
 from fedpeft.process.settings import ProcessSettings
 from fedpeft_server.access.files import Files
@@ -130,6 +130,11 @@ class Settings(ProcessSettings):
     @classmethod
     def _endpoint(cls, value: str) -> str:
         return check_endpoint(value) if value else value
+
+    @field_validator("database")
+    @classmethod
+    def _database_url(cls, value: str) -> str:
+        return check_database_url(value) if value else value
 
     @field_validator("advertise", "advertise_enroll")
     @classmethod

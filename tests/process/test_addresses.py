@@ -1,4 +1,4 @@
-"""Addresses: HOST:PORT and nothing else, and which of them only this machine reaches."""
+"""Addresses: HOST:PORT and nothing else, which of them only this machine reaches, and URLs of databases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.process.addresses import Address
+from fedpeft.process.addresses import Address, check_database_url
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,82 @@ def test_any_text_is_an_address_or_refused(text: str) -> None:
         text in (f"{address.host}:{address.port}", f"[{address.host}]:{address.port}")
         or text.rpartition(":")[2][0] == "0"
     )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///relative.db",
+        "sqlite:////absolute/a b.db",
+        "sqlite+pysqlite:////absolute.db?timeout=5",
+        "sqlite:///file:/absolute.db?uri=true&mode=rw",
+        "postgres://host/name",
+        "postgresql://user@host:5432/name",
+        "postgresql+psycopg://user:p%40ss%3Aw%2Frd@[::1]:5432/name?sslmode=require",
+        "postgresql://user@/name?host=/run/postgresql",
+        "postgresql://user@/name?host=@abstract&user=a@b",
+        "postgresql://me@site:secret@host/name",
+        "postgresql://",
+    ],
+)
+def test_what_a_url_of_a_database_is(url: str) -> None:
+    assert check_database_url(url) == url
+
+
+@pytest.mark.parametrize("url", ["hello", "/srv/x.db", "mysql://h/x", "postgresql:/u@h/x", "postgresql+asyncpg://h/x"])
+def test_what_a_url_of_a_database_is_not(url: str) -> None:
+    with pytest.raises(ValueError, match=r"is not sqlite:///PATH or postgresql://USER:PASSWORD@HOST:PORT/NAME"):
+        check_database_url(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user@host:abc/name",
+        "postgresql://user@host:0/name",
+        "postgresql://user@host:65536/name",
+        "postgresql://user@host:٣/name",
+        "postgresql://user@[::1/name",
+        "postgresql://user:geh@eim@host/name",
+        "postgresql://user:geh%40x:geh@eim@host/name",
+        "postgresql://user:x@geh:eim@host/name",
+        "postgresql://user:x@geh/eim@host/name",
+        "postgresql://user:x@geh?eim@host/name",
+        "postgresql://user:x@geh?ei=m@host/name",
+        "postgresql://user/geheim@host/name",
+    ],
+)
+def test_a_url_that_ends_too_early_hints_at_the_password_and_shows_none_of_it(url: str) -> None:
+    with pytest.raises(ValueError, match="percent-encoded") as told:
+        check_database_url(url)
+    assert not any(part in str(told.value) for part in ("geh", "eim", "user", "abc", "65536"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite:///%3Amemory%3A",
+        "sqlite:///file::memory:",
+        "sqlite:///file::memory:?uri=true",
+        "sqlite:///file:/x.db?uri=true&mode=memory",
+        "sqlite:///x.db?mode=memory",
+        "sqlite://?mode=memory",
+    ],
+)
+def test_a_database_in_memory_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match=r"in memory.*sqlite:///PATH"):
+        check_database_url(url)
+
+
+def test_a_file_of_sqlite_named_as_by_its_own_urls_must_be_meant_so() -> None:
+    with pytest.raises(ValueError, match="uri=true"):
+        check_database_url("sqlite:///file:/srv/x.db")
+
+
+@pytest.mark.parametrize("url", ["sqlite:///a\0b", "sqlite:///a\udcffb", "postgresql://u\0@h/x"])
+def test_a_url_of_a_database_is_text(url: str) -> None:
+    with pytest.raises(ValueError, match="cannot stand in a URL"):
+        check_database_url(url)

@@ -352,12 +352,16 @@ def test_databases(tmp_path: Path) -> None:
     away = Setup(data_dir=tmp_path, database=f"postgresql://postgres:secret@127.0.0.1:{free_port()}/x", **free_ports())
     found = only(away, "database")
     assert found.level is Level.FAULT and "secret" not in found.text
+    torn = Setup(data_dir=tmp_path, database="postgresql://postgres:se@c:ret@127.0.0.1/x", **free_ports())
+    found = only(torn, "database")
+    assert found.level is Level.FAULT and "percent-encoded" in found.text and "ret" not in found.text.split()
 
 
 def test_postgresql_is_reached(postgres: Path, tmp_path: Path) -> None:
-    setup = Setup(data_dir=tmp_path, database=f"postgresql://postgres@/postgres?host={postgres}")
-    (found,) = server_side.check_database(setup)
-    assert found.text == "PostgreSQL is reached; its tables are made at the first start"
+    for scheme in ("postgresql", "postgresql+psycopg"):
+        setup = Setup(data_dir=tmp_path, database=f"{scheme}://postgres@/postgres?host={postgres}")
+        (found,) = server_side.check_database(setup)
+        assert found.text == "PostgreSQL is reached; its tables are made at the first start"
 
 
 def test_ports_that_others_have(tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def test_a_low_limit_of_open_files_is_said_at_the_start(tmp_path: Path) -> None:
         (["--data-dir", "d", "--unknown"], "--unknown"),
         (["--data-dir", "/proc/nowhere"], "name a folder this user can write"),
         (["--config", "none.toml"], "--config: cannot read none.toml: No such file"),
+        (["--data-dir", "d", "--database", "postgresql://u@h:abc/x"], "--database: the port is not a number from 1 to"),
+        (["--data-dir", "d", "--database", "sqlite://"], "--database: the database would be in memory"),
     ],
 )
 def test_wrong_settings_are_one_sentence_and_exit_code_2(flags: list[str], says: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Addresses at which a server listens, or is reached."""
+"""Addresses at which a server listens, or is reached, and those of databases."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import ipaddress
 import re
 from dataclasses import dataclass
 from typing import Self
+from urllib.parse import parse_qs, unquote
 
 LAST_PORT = 65_535
 
 _FORM = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^:/\s\[\]]+)):([0-9]{1,5})")
+_SQLITE, _POSTGRESQL = ("sqlite", "sqlite+pysqlite"), ("postgres", "postgresql", "postgresql+psycopg")
+_DATABASES = "sqlite:///PATH or postgresql://USER:PASSWORD@HOST:PORT/NAME"
+_USER = re.compile(r"^[^:/]*(?::[^@]*)?@")
+"""User and password in the URL of a database, as SQLAlchemy takes them apart."""
+_HOST = re.compile(r"(?:\[[^/]+\]|[^:]*)(?::(?P<port>.*))?")
+_WITH_AT = ("host", "user", "password", "options", "application_name")
+"""Parameters of PostgreSQL whose value may have an @."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +84,47 @@ def check_endpoint(text: str) -> str:
         raise ValueError(f"{text!r} is not http://HOST:PORT or https://HOST:PORT")
     Address.parse(rest)
     return text
+
+
+def check_database_url(text: str) -> str:
+    """Checks the URL of a database as far as that goes without a connection, and returns it.
+
+    The message shows no part of it: a password that has an @ is taken for the host, the port or the name.
+
+    Raises:
+        ValueError: If it is none of SQLite and PostgreSQL, cannot be taken apart, or is of a database in memory.
+    """
+    scheme, separator, rest = text.partition("://")
+    if not separator or scheme not in (*_SQLITE, *_POSTGRESQL):
+        raise ValueError(f"the URL is not {_DATABASES}")
+    if "\0" in text or text != text.encode(errors="replace").decode():
+        raise ValueError("there is a character that cannot stand in a URL")
+    if scheme in _SQLITE:
+        _check_sqlite(*rest.partition("?")[::2])
+    else:
+        _check_postgresql(*_USER.sub("", rest).partition("?")[::2])
+    return text
+
+
+def _check_sqlite(place: str, query: str) -> None:
+    path, given = unquote(place), parse_qs(query)
+    if path in ("", "/") or ":memory:" in path or "memory" in given.get("mode", ()):
+        raise ValueError("the database would be in memory, and lost with the process; name a file, sqlite:///PATH")
+    if not path.startswith("/"):
+        raise ValueError("sqlite:// is followed by / and a path: sqlite:///relative.db, sqlite:////absolute.db")
+    if path.startswith("/file:") and "uri" not in given:
+        raise ValueError("file: is a part of the path without uri=true; add that, or leave out file:")
+
+
+def _check_postgresql(place: str, query: str) -> None:
+    authority = place.partition("/")[0]
+    host = _HOST.fullmatch(authority)
+    port = host["port"] if host else "none"
+    is_port = not port or (port.isascii() and port.isdigit() and 1 <= int(port) <= LAST_PORT)
+    pieces = [piece for piece in query.split("&") if piece.partition("=")[0] not in _WITH_AT]
+    if not is_port or "@" in place or any("@" in piece for piece in pieces):
+        raise ValueError(
+            f"{'an @ is in the wrong place' if is_port else f'the port is not a number from 1 to {LAST_PORT}'}; the "
+            "URL is postgresql://USER:PASSWORD@HOST:PORT/NAME, and an @, : or / in USER and PASSWORD must be "
+            "percent-encoded (%40, %3A, %2F)"
+        )

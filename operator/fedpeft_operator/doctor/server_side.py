@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedpeft.process import locks
-from fedpeft.process.addresses import LAST_PORT, Address
+from fedpeft.process.addresses import LAST_PORT, Address, check_database_url
 from fedpeft_operator.doctor.findings import Finding, Setup, fault, ok, warning
 
 FILES = 4096
@@ -31,6 +31,11 @@ def check_limits(setup: Setup) -> Iterator[Finding]:
 def check_database(setup: Setup) -> Iterator[Finding]:
     """Looks whether the database can be read, and which schema it has."""
     if setup.data_dir is None:
+        return
+    try:
+        check_database_url(setup.database or "sqlite:///fedpeft.db")
+    except ValueError as error:
+        yield fault("database", f"--database: {error}", "correct --database, and that of the server")
         return
     if setup.database and not setup.database.startswith("sqlite"):
         yield _remote(setup.database)
@@ -75,8 +80,9 @@ def _remote(url: str) -> Finding:
         return fault("database", "PostgreSQL needs psycopg", 'pip install "fedpeft[postgres]"')
     import psycopg
 
+    scheme = url.partition(":")[0]  # postgresql+psycopg is SQLAlchemy's word
     try:
-        with psycopg.connect(url, connect_timeout=3) as database:
+        with psycopg.connect(url.replace(scheme, "postgresql", 1), connect_timeout=3) as database:
             row = database.execute("select version_num from alembic_version").fetchone()
     except psycopg.errors.UndefinedTable:
         return ok("database", "PostgreSQL is reached; its tables are made at the first start")

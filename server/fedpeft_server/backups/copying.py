@@ -31,6 +31,7 @@ from fedpeft_server.checks.data import database_url
 from fedpeft_server.checks.findings import Report
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.blobs.blobs import CHUNK_BYTES, Blobs
+from fedpeft_server.store.connection import sqlite_file
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.queries import whole
 from fedpeft_server.store.store import sum_files, version_files
@@ -81,7 +82,7 @@ class Backup:
         blobs = Blobs(given.blobs or str(folder / "blobs"), flag="--blobs" if given.blobs else "--data-dir")
         self._blobs = blobs if blobs.is_folder else None
         self._bucket = Blobs(given.updates, flag="--updates") if given.updates else None
-        self._database = checked_database.sqlite_file(database_url(given))
+        self._database = sqlite_file(database_url(given))
         self._elsewhere = [] if blobs.is_folder else [given.blobs]
         if self._database is None:
             self._elsewhere.append(given.database)

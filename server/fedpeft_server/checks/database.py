@@ -15,7 +15,7 @@ from sqlalchemy.exc import ArgumentError
 
 from fedpeft.errors import FedpeftError
 from fedpeft_server.checks.findings import Report
-from fedpeft_server.store.connection import connect, opening, reading
+from fedpeft_server.store.connection import connect, opening, reading, shown, sqlite_file
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.migrations import scripts
 from fedpeft_server.timing import TIMING
@@ -56,19 +56,10 @@ def opened(url: str, report: Report) -> Iterator[Database | None]:
             found.close()
 
 
-def sqlite_file(url: str) -> Path | None:
-    """Returns the file of a SQLite URL; None if it is of another database, or none."""
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        return None
-    return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
-
-
 def without_password(url: str) -> str:
     """Returns a URL as it may be shown."""
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        return shown(make_url(url))
     except ArgumentError:
         return url
 

@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
-from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError
 
 from fedpeft.errors import SettingsInvalid
 from fedpeft.identity import certificates, keys
@@ -27,6 +25,7 @@ from fedpeft_server.access.authorities import Authorities
 from fedpeft_server.access.certificates import issue_server
 from fedpeft_server.access.files import Files
 from fedpeft_server.commands import folder_arguments
+from fedpeft_server.store.connection import sqlite_file
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import IdentityRow
 from fedpeft_server.timing import TIMING
@@ -173,16 +172,13 @@ def _identities(url: str, data_dir: Path | None) -> list[IdentityRow]:
 
     Raises:
         SettingsInvalid: If it is not known where the database is.
-        StateInvalid: If it cannot be read.
+        StateInvalid: If the URL is none, or the database cannot be read.
     """
     if not (url or data_dir):
         raise SettingsInvalid("--data-dir is missing, or --database: who has renewed stands in the server's database")
     url = url or f"sqlite:///{data_dir}/fedpeft.db"
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        raise SettingsInvalid("--database is not one of sqlite:///PATH and postgresql://HOST/NAME") from None
-    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists():
+    file = sqlite_file(url)
+    if file is not None and not file.exists():
         return []  # the server was never started, so nobody is enrolled
     database = Database(url, TIMING)
     try:

@@ -6,14 +6,17 @@ import errno
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, StateInvalid
+from fedpeft.process.addresses import check_database_url
 from fedpeft_server.store import postgresql
 from fedpeft_server.timing import Timing
 
@@ -22,6 +25,8 @@ _READS = "fedpeft_reads"
 
 PRAGMAS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON")
 """WAL with FULL: a commit is one append and one fsync of the log, and survives the machine."""
+_SECRETS = ("password", "sslpassword")
+"""Parameters of PostgreSQL that no message shows."""
 
 
 def connect(url: str, timing: Timing) -> Engine:
@@ -31,19 +36,49 @@ def connect(url: str, timing: Timing) -> Engine:
         StateInvalid: If the URL is none, its driver is missing, or the database is corrupt or cannot be written.
         DatabaseUnavailable: If it cannot be reached.
     """
+    parsed = parse(url)
+    where = shown(parsed)
     try:
-        parsed = _with_driver(make_url(url))
-        where = parsed.render_as_string(hide_password=True)
         engine = _engine(parsed, timing)
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise StateInvalid(
-            f"database URL {url!r} is not one of sqlite:///PATH and postgresql://HOST/NAME: {error}"
-        ) from None
+        with opening(engine, timing):
+            _check(engine, where)
     except ModuleNotFoundError as error:
         raise StateInvalid(f"database {where} needs the Python package {error.name}, which is not installed") from None
-    with opening(engine, timing):
-        _check(engine, where)
+    except (ArgumentError, ValueError, TypeError) as error:  # a parameter of the URL, for the driver
+        raise StateInvalid(f"--database: {where} cannot be used ({error}); correct its parameters") from None
     return engine
+
+
+def parse(url: str) -> URL:
+    """Returns the parts of a database URL.
+
+    Raises:
+        StateInvalid: If it is none.
+    """
+    try:
+        return _with_driver(make_url(check_database_url(url)))
+    except ValueError as error:
+        raise StateInvalid(f"--database: {error}") from None
+
+
+def shown(url: URL) -> str:
+    """Returns a URL as messages may show it."""
+    return url.difference_update_query(_SECRETS).render_as_string(hide_password=True)
+
+
+def sqlite_file(url: str) -> Path | None:
+    """Returns the file of a SQLite URL; None if it is of another database, or in memory.
+
+    Raises:
+        StateInvalid: If it is no URL of a database.
+    """
+    parsed = parse(url)
+    path = parsed.database or ""
+    if parsed.get_backend_name() != "sqlite":
+        return None
+    if "uri" in parsed.query and path.startswith("file:"):
+        path = unquote(urlsplit(path).path)
+    return Path(path) if path else None
 
 
 def _with_driver(url: URL) -> URL:
@@ -52,13 +87,9 @@ def _with_driver(url: URL) -> URL:
 
 
 def _engine(url: URL, timing: Timing) -> Engine:
-    match url.get_backend_name():
-        case "sqlite":
-            return _sqlite(url, timing)
-        case "postgresql":
-            return postgresql.engine(url, timing, idle_s=timing.database_idle_s)
-        case other:
-            raise ArgumentError(f"{other} is not supported")
+    if url.get_backend_name() == "sqlite":
+        return _sqlite(url, timing)
+    return postgresql.engine(url, timing, idle_s=timing.database_idle_s)
 
 
 def _sqlite(url: URL, timing: Timing) -> Engine:
@@ -128,6 +159,9 @@ def _check(engine: Engine, where: str) -> None:
             fault = connection.execute(text("PRAGMA quick_check(1)")).scalar()
             if fault != "ok":
                 raise StateInvalid(f"database {where} is corrupt ({fault}); restore it from a backup")
+            files = [file for _, name, file in connection.execute(text("PRAGMA database_list")) if name == "main"]
+            if connection.execute(text("PRAGMA journal_mode")).scalar() == "memory" or files == [""]:
+                raise StateInvalid(f"--database: {where} is in memory, and lost with the process; name a file")
         else:
             connection.execute(text("SELECT 1"))
 
@@ -141,7 +175,7 @@ def opening(engine: Engine, timing: Timing) -> Iterator[None]:
         FedpeftError: As `translated`.
     """
     try:
-        with translated(engine.url.render_as_string(hide_password=True), timing):
+        with translated(shown(engine.url), timing):
             yield
     except BaseException as error:
         engine.dispose()

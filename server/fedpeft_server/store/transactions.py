@@ -15,7 +15,7 @@ from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
 from fedpeft_server.clock import DatabaseClock
 from fedpeft_server.store import postgresql
-from fedpeft_server.store.connection import readers, reading, translated
+from fedpeft_server.store.connection import readers, reading, shown, translated
 from fedpeft_server.store.notices.notices import Notices
 from fedpeft_server.store.queries import audit as audit_queries
 from fedpeft_server.store.rows import AuditEvent
@@ -47,7 +47,7 @@ class Transactions:
         self.notices = Notices(engine.dialect.name)
         self.clock = DatabaseClock()
         self._timing = timing
-        self._where = engine.url.render_as_string(hide_password=True)
+        self._where = shown(engine.url)
         # The newest entry, None where it must be read: before the first one, and after a failure, when what was
         # written is not known.
         self._head: AuditEntry | None = None

@@ -17,8 +17,8 @@ from sqlalchemy import create_engine, make_url, text
 from fedpeft.errors import StateInvalid
 from fedpeft.rounds.state_machine import ticket_id
 from fedpeft_server.backups import manifest
-from fedpeft_server.checks.database import sqlite_file
 from fedpeft_server.commands import check
+from fedpeft_server.store.connection import sqlite_file
 from fedpeft_server.store.migrations import scripts
 from fedpeft_server.store.store import state_key, version_key
 

@@ -83,10 +83,36 @@ class TestSchema:
 
 
 class TestFaults:
-    @pytest.mark.parametrize("url", ["nonsense", "oracle+thin://x/y", "mysql://x/y"])
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "nonsense",
+            "oracle+thin://x/y",
+            "mysql://root:secret@x/y",
+            "postgresql:/root:secret@x/y",
+            "postgresql://root@127.0.0.1:secret/y",
+            "postgresql://root:my@sec:ret@127.0.0.1/y",
+            "postgresql://root@127.0.0.1/y?port=none",
+            "sqlite:///file:memory?uri=true&vfs=memdb",
+            "sqlite:///file:?uri=true",
+            "sqlite:///:memory:",
+        ],
+    )
     def test_a_url_that_is_none(self, url: str) -> None:
-        with pytest.raises(StateInvalid):
+        with pytest.raises(StateInvalid, match=r"^--database: [^\n]*$") as told:
             Database.open(url, TIMING)
+        assert "sec" not in told.value.message
+
+    @pytest.mark.parametrize("option", ["timeout=long", "check_same_thread=maybe", "cached_statements=x"])
+    def test_a_parameter_that_the_driver_refuses(self, option: str, sqlite_url: str) -> None:
+        with pytest.raises(StateInvalid, match=r"^--database: sqlite:.* cannot be used \(.*\); correct its"):
+            Database.open(f"{sqlite_url}?{option}", TIMING)
+
+    def test_a_password_among_the_parameters_is_not_shown(self, tmp_path: Path) -> None:
+        pytest.importorskip("psycopg", reason="psycopg is not installed")
+        with pytest.raises(DatabaseUnavailable, match="cannot be reached") as told:
+            Database.open(f"postgresql://postgres@/nothing?host={tmp_path}&password=secret", TIMING)
+        assert "secret" not in told.value.message
 
     def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
         with pytest.raises(StateInvalid, match="cannot be opened"):
