@@ -7,7 +7,6 @@ import resource
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from pathlib import Path
 
 import structlog
 from grpc_health.v1 import health_pb2
@@ -21,6 +20,7 @@ from fedpeft_server.backups import folders
 from fedpeft_server.parts import Parts, build
 from fedpeft_server.settings import Settings
 from fedpeft_server.startup_checks import tell_lost_versions
+from fedpeft_server.store.connection import sole_use
 from fedpeft_server.store.rows import SERVER, AuditEvent
 from fedpeft_server.timing import Timing
 from fedpeft_server.upkeep import Upkeep
@@ -57,12 +57,12 @@ async def serving(settings: Settings, timing: Timing) -> AsyncIterator[Parts]:
 
     Raises:
         SettingsInvalid: If a port cannot be had, or another setting is wrong.
-        StateInvalid: If the data folder cannot be used, or another server holds it.
+        StateInvalid: If data folder or database cannot be used, or another server holds one of them.
         Internal: At the end, if background work could not go on.
     """
     stopping = asyncio.Event()
     traces = traced(settings.traces, "fedpeft-server", settings.listen)
-    with _locked(settings.data_dir), traces, _signals(stopping):
+    with _locked(settings), traces, _signals(stopping):
         async with AsyncExitStack() as stack:
             _allow_open_files()
             parts = await build(settings, timing, stopping, stack)
@@ -157,12 +157,13 @@ def _allow_open_files() -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds the data folder for this process.
+def _locked(settings: Settings) -> Iterator[None]:
+    """Holds the data folder for this process, and the database where that is SQLite's.
 
     Raises:
-        StateInvalid: If it cannot be made or written, is a backup, or another server holds it.
+        StateInvalid: If the folder cannot be made or written, or is a backup, or if another server holds one of them.
     """
+    folder = settings.data_dir
     try:
         durable.make_folder(folder, 0o700)  # updates are nobody else's to read
     except OSError as error:
@@ -170,4 +171,5 @@ def _locked(folder: Path) -> Iterator[None]:
     folders.refuse_to_serve(folder)
     with locks.directory(folder, f"--data-dir {folder}", "server", "name another folder"):
         durable.sweep(folder)
-        yield
+        with sole_use(settings.database_url):
+            yield

@@ -114,6 +114,11 @@ class Settings(ProcessSettings):
         return self.identity or self.data_dir / "identity"
 
     @property
+    def database_url(self) -> str:
+        """The URL of the database."""
+        return self.database or f"sqlite:///{self.data_dir / 'fedpeft.db'}"
+
+    @property
     def enroll_address(self) -> str:
         """HOST:PORT that devices enroll at."""
         listen = Address.parse(self.listen, free=True)

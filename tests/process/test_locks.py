@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -27,16 +28,20 @@ def results(folder: Path) -> AbstractContextManager[None]:
     return locks.results(folder, "server")
 
 
-both = pytest.mark.parametrize("hold", [directory, results])
+def file(folder: Path) -> AbstractContextManager[None]:
+    return locks.file(folder / "x.db", f"--database {folder / 'x.db'}", "server", "name another database")
 
 
-@both
+every = pytest.mark.parametrize("hold", [directory, results, file])
+
+
+@every
 def test_the_second_is_told_who_has_it(hold: Callable[[Path], AbstractContextManager[None]], tmp_path: Path) -> None:
     with hold(tmp_path):
         with pytest.raises(StateInvalid) as told, hold(tmp_path):
             pass
-        assert f"{tmp_path} is in use by another server (process {os.getpid()})" in told.value.message
-        assert told.value.message.endswith("; stop it first, or name another folder")
+        assert re.search(rf"{tmp_path}\S* is in use by another server \(process {os.getpid()}\)", told.value.message)
+        assert re.search(r"; stop it first, or name another (folder|database)$", told.value.message)
     with hold(tmp_path):
         assert True, "it was let go"
 
@@ -66,7 +71,7 @@ def test_the_end_of_a_process_lets_it_go(tmp_path: Path) -> None:
         assert locks.holder_of(tmp_path) == str(os.getpid())
 
 
-@both
+@every
 def test_a_file_system_without_locks_is_used_and_said(
     hold: Callable[[Path], AbstractContextManager[None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,11 +84,11 @@ def test_a_file_system_without_locks_is_used_and_said(
     assert [line["event"] for line in said] == ["this file system has no locks: let nothing else write there"]
 
 
-@both
+@every
 def test_a_folder_that_cannot_be_written_is_named(
     hold: Callable[[Path], AbstractContextManager[None]], tmp_path: Path
 ) -> None:
-    words = r"locking .*/gone/\.?lock failed: No such file or directory"
+    words = r"locking .*/gone/(x\.db)?\.?lock failed: No such file or directory"
     with pytest.raises(StateInvalid, match=words), hold(tmp_path / "gone"):
         pass
 
@@ -109,3 +114,20 @@ def test_blocks_of_a_folder_take_turns_and_leave_nothing(tmp_path: Path) -> None
     assert entered.wait(5)
     other.join()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_held_by_whatever_path_names_it_and_is_not_locked_itself(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.db").write_text("data")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "y.db").symlink_to("link/x.db")
+    with file(tmp_path / "folder"):
+        for other in (tmp_path / "link", tmp_path / "folder" / ".." / "link"):
+            with pytest.raises(StateInvalid, match="is in use"), file(other):
+                pass
+        with pytest.raises(StateInvalid, match="is in use"), locks.file(tmp_path / "y.db", "it", "server", ""):
+            pass
+        with (tmp_path / "folder" / "x.db").open("r+b") as data:
+            assert locks.attempt(data.fileno())
+            fcntl.lockf(data, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["x.db"]

@@ -161,6 +161,26 @@ def test_ports_and_the_data_folder_belong_to_one_daemon(tmp_path: Path) -> None:
             assert text.count("\n") == 1, "gRPC's core is silent"
 
 
+def test_a_file_of_sqlite_belongs_to_one_daemon(tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(tmp_path / "a" / "fedpeft.db")
+    with running(tmp_path / "a", "--metrics", ""):
+        for path in ("a/fedpeft.db", "b/../a/fedpeft.db", "link.db"):
+            (tmp_path / "b").mkdir(exist_ok=True)
+            database = ["--database", f"sqlite:///{tmp_path}/{path}"]
+            for line in (
+                command(tmp_path / "b", "--metrics", "", *database)[3:],
+                ["check", "--data-dir", str(tmp_path / "b"), *database],
+            ):
+                code, text = failure(*line)
+                assert f"{tmp_path}/{path} is in use by another server" in text and "only a PostgreSQL" in text
+                assert (code, text.count("\n")) == (2, 1)
+        backup = ["backup", "--data-dir", str(tmp_path / "b"), *database, "--to", str(tmp_path / "copy")]
+        assert failure(*backup) == (0, "")
+    for _ in range(2):  # the first ends by SIGKILL
+        with running(tmp_path / "b", "--metrics", "", *database):
+            pass
+
+
 def test_a_corrupt_database_is_said(tmp_path: Path) -> None:
     (tmp_path / "fedpeft.db").write_bytes(b"this is no database" * 1000)
     code, text = failure(*command(tmp_path, "--metrics", "")[3:])

@@ -67,12 +67,23 @@ def results(folder: Path, holder: str) -> Iterator[None]:
     Raises:
         StateInvalid: If another process, or another thread of this one, holds it, or it cannot be written.
     """
-    path = folder / ".lock"
-    with _held(path, str(folder), holder, "name another folder"):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it has no name any more
+    with _held_and_removed(folder / ".lock", str(folder), holder, "name another folder"):
+        yield
+
+
+@contextmanager
+def file(path: Path, named: str, holder: str, cure: str) -> Iterator[None]:
+    """Holds a file, which need not exist yet, as `directory` holds a folder, by another one beside it: PATH.lock.
+
+    The file itself is left to the locks of those who work on it, as SQLite's. It is held by whatever path or symbolic
+    link names it; nothing of the lock is left.
+
+    Raises:
+        StateInvalid: If another process, or another thread of this one, holds it, or its folder cannot be written.
+    """
+    real = Path(os.path.realpath(path))
+    with _held_and_removed(real.with_name(f"{real.name}.lock"), named, holder, cure):
+        yield
 
 
 @contextmanager
@@ -100,6 +111,15 @@ def holder_of(folder: Path) -> str | None:
         return _process(descriptor) if attempt(descriptor, shared=True) is False else None
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _held_and_removed(path: Path, named: str, holder: str, cure: str) -> Iterator[None]:
+    with _held(path, named, holder, cure):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it has no name any more
 
 
 @contextmanager

@@ -27,7 +27,6 @@ from fedpeft.process import durable
 from fedpeft_server.backups import folders
 from fedpeft_server.backups.manifest import Copied, Manifest
 from fedpeft_server.checks import database as checked_database
-from fedpeft_server.checks.data import database_url
 from fedpeft_server.checks.findings import Report
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.blobs.blobs import CHUNK_BYTES, Blobs
@@ -82,7 +81,7 @@ class Backup:
         blobs = Blobs(given.blobs or str(folder / "blobs"), flag="--blobs" if given.blobs else "--data-dir")
         self._blobs = blobs if blobs.is_folder else None
         self._bucket = Blobs(given.updates, flag="--updates") if given.updates else None
-        self._database = sqlite_file(database_url(given))
+        self._database = sqlite_file(given.database_url)
         self._elsewhere = [] if blobs.is_folder else [given.blobs]
         if self._database is None:
             self._elsewhere.append(given.database)
@@ -116,7 +115,7 @@ class Backup:
     def _snapshot(self) -> list[Named]:
         """Copies the database, and pins updates before and after; returns what the copy names."""
         self._pin()
-        url, report = database_url(self.settings), Report()
+        url, report = self.settings.database_url, Report()
         if self._database is not None:
             _copy_sqlite(self._database, self.made / DATABASE)
             url = f"sqlite:///{self.made / DATABASE}"

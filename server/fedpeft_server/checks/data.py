@@ -40,7 +40,7 @@ def check(settings: Settings) -> Report:
         if place is not None:
             _refuse_away(place)
     report.disks += _uses(folder, *(place.folder for place in (blobs, bucket) if place is not None))
-    with opened(database_url(settings), report) as database:
+    with opened(settings.database_url, report) as database:
         if database is None:
             return report
         _check_audit(database, report)
@@ -68,11 +68,6 @@ def _refuse_away(place: Blobs) -> None:
         place.has_any("runs")
     except StoreUnavailable as error:
         raise StateInvalid(error.message) from None
-
-
-def database_url(settings: Settings) -> str:
-    """Returns the URL of a server's database."""
-    return settings.database or f"sqlite:///{settings.data_dir / 'fedpeft.db'}"
 
 
 def _runs(database: Database, report: Report) -> Iterator[RunRow]:

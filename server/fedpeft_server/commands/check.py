@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
 from fedpeft.errors import StateInvalid
 from fedpeft.process import locks
@@ -18,6 +17,8 @@ from fedpeft.process.output import say, say_json
 from fedpeft_server.checks.data import check
 from fedpeft_server.checks.findings import Level
 from fedpeft_server.commands import place_arguments
+from fedpeft_server.settings import Settings
+from fedpeft_server.store.connection import sole_use, sqlite_file
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +30,7 @@ def main(arguments: list[str]) -> int:
     parser = _parser()
     given, others = parser.parse_known_args(arguments)
     settings = place_arguments.settings(given, others)
-    with alone(settings.data_dir):
+    with alone(settings):
         report = check(settings)
     if given.json:
         say_json(report.as_json())
@@ -56,16 +57,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Holds a data folder, if it can be written, so that no server begins with it meanwhile.
+def alone(settings: Settings) -> Iterator[None]:
+    """Holds a server's data folder and database, where they can be written, so that no server begins with them.
 
     Raises:
-        StateInvalid: If there is no such folder, or a server runs with it.
+        StateInvalid: If there is no such folder, or a server runs with it, or with the database of SQLite.
     """
+    folder, database = settings.data_dir, sqlite_file(settings.database_url)
     if not folder.is_dir():
         raise StateInvalid(f"--data-dir {folder}: there is no such folder")
-    if not os.access(folder, os.W_OK):
-        yield
-        return
-    with locks.directory(folder, f"--data-dir {folder}", "server", "check a backup of it"):
+    with ExitStack() as held:
+        if os.access(folder, os.W_OK):
+            held.enter_context(locks.directory(folder, f"--data-dir {folder}", "server", "check a backup of it"))
+        if database is not None and os.access(os.path.dirname(os.path.realpath(database)), os.W_OK):
+            held.enter_context(sole_use(settings.database_url))
         yield

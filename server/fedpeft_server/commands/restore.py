@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
         note(f"the backup has nothing of {place}: restore that by its own means, then run fedpeft-server check")
     if found.elsewhere:
         return 0
-    with alone(settings.data_dir):
+    with alone(settings):
         report = check(settings)
     for finding in report.findings:
         say(finding.line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -16,6 +16,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, StateInvalid
+from fedpeft.process import locks
 from fedpeft.process.addresses import check_database_url
 from fedpeft_server.store import postgresql
 from fedpeft_server.timing import Timing
@@ -79,6 +80,19 @@ def sqlite_file(url: str) -> Path | None:
     if "uri" in parsed.query and path.startswith("file:"):
         path = unquote(urlsplit(path).path)
     return Path(path) if path else None
+
+
+def sole_use(url: str) -> AbstractContextManager[None]:
+    """Holds the file of a SQLite database for this process; a PostgreSQL is not held, for several servers may share it.
+
+    Raises:
+        StateInvalid: If another server holds it, or its folder cannot be written; or if the URL is none.
+    """
+    file = sqlite_file(url)
+    if file is None:
+        return nullcontext()
+    cure = "name another with --database: only a PostgreSQL is shared"
+    return locks.file(file, f"database {file}", "server", cure)
 
 
 def _with_driver(url: URL) -> URL:
