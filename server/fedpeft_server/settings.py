@@ -9,7 +9,14 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from fedpeft.process.addresses import LAST_PORT, Address, check_database_url, check_endpoint
+from fedpeft.process.addresses import (
+    LAST_PORT,
+    Address,
+    check_database_url,
+    check_endpoint,
+    check_folder,
+    check_place,
+)
 from fedpeft.process.logs import Level, LogFormat
 from fedpeft.process.settings import ProcessSettings
 from fedpeft_server.access.files import Files
@@ -140,6 +147,16 @@ class Settings(ProcessSettings):
     @classmethod
     def _database_url(cls, value: str) -> str:
         return check_database_url(value) if value else value
+
+    @field_validator("blobs", "updates")
+    @classmethod
+    def _place(cls, value: str) -> str:
+        return check_place(value)
+
+    @field_validator(*_FOLDERS, mode="before")
+    @classmethod
+    def _folder(cls, value: Any) -> Any:
+        return check_folder(value) if isinstance(value, str) else value
 
     @field_validator("advertise", "advertise_enroll")
     @classmethod

@@ -101,7 +101,7 @@ class World:
             ]
         return made[0].id, made[1].id
 
-    def command(self, module: str, *flags: object) -> tuple[int, str]:
+    def command(self, module: str, *flags: object, **variables: str) -> tuple[int, str]:
         """Runs a command to its end; returns its exit code and what it wrote for people."""
         done = subprocess.run(
             [sys.executable, "-m", module, *map(str, flags)],
@@ -109,14 +109,14 @@ class World:
             text=True,
             timeout=150,
             cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000", "NO_COLOR": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "1000", "NO_COLOR": "1", **variables},
         )
         return done.returncode, done.stderr
 
-    def server(self, *flags: object, data: object = "fresh") -> tuple[int, str]:
+    def server(self, *flags: object, data: object = "fresh", **variables: str) -> tuple[int, str]:
         given = ["--metrics", ""] if "--metrics" not in flags else []
         given += ["--listen", f"127.0.0.1:{free_port()}"] if "--listen" not in flags else []
-        return self.command("fedpeft_server", "--data-dir", self.folder / str(data), *given, *flags)
+        return self.command("fedpeft_server", "--data-dir", self.folder / str(data), *given, *flags, **variables)
 
     def client(self, *flags: object, name: str = "probe", data: object = None) -> tuple[int, str]:
         where = ["--server", f"127.0.0.1:{self.port}"] if "--server" not in flags else []
@@ -293,6 +293,11 @@ DONE: dict[str, Callable[[World], Ended]] = {
     "a full disk": World.full_disk,
     "a corrupt database": lambda w: w.server(data=w.file("torn/fedpeft.db", b"no database" * 999).parent),
     "a corrupt blob": World.corrupt_blob,
+    "a place that is no URL": lambda w: w.server("--blobs", "s3:/bkt"),
+    "an endpoint without its scheme": lambda w: w.server("--blobs", "s3://bkt/v", AWS_ENDPOINT="127.0.0.1:9000"),
+    "a database in memory": lambda w: w.server("--database", "sqlite://"),
+    "a port of a database that is no number": lambda w: w.server("--database", "postgresql://user:se@c:ret@host/name"),
+    "a second server on a SQLite database": lambda w: w.server("--database", f"sqlite:///{w.folder}/server/fedpeft.db"),
     "a second server on a data directory": lambda w: w.server(data="server"),
     "a state directory that cannot be written": lambda w: w.client("--state-dir", "/proc/nowhere"),
     "a second client on a state directory": lambda w: w.second_client(
@@ -465,7 +470,7 @@ def test_every_field_of_a_run_file_is_named_with_its_line(tmp_path: Path, sectio
     assert f"{file}:{number + 1}: {path}" in caught.value.message
 
 
-FREE = {"data_dir", "database", "blobs", "updates", "data", "state_dir", "identity", "policy", "weights", "label_map"}
+FREE = {"data_dir", "blobs", "updates", "data", "state_dir", "identity", "policy", "weights", "label_map"}
 FREE |= {"image_column", "label_column", "relay_identity"}
 """Settings that any text may be the value of; what it names is looked for later."""
 

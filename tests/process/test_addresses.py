@@ -1,12 +1,14 @@
-"""Addresses: HOST:PORT and nothing else, which of them only this machine reaches, and URLs of databases."""
+"""Addresses of servers and databases, and places of files: what is one, and what is refused."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.process.addresses import Address, check_database_url
+from fedpeft.process.addresses import Address, check_database_url, check_place, folder_of
 
 
 @pytest.mark.parametrize(
@@ -141,3 +143,70 @@ def test_a_file_of_sqlite_named_as_by_its_own_urls_must_be_meant_so() -> None:
 def test_a_url_of_a_database_is_text(url: str) -> None:
     with pytest.raises(ValueError, match="cannot stand in a URL"):
         check_database_url(url)
+
+
+@pytest.mark.parametrize(
+    ("place", "folder"),
+    [
+        ("versions", "versions"),
+        ("/srv/versions", "/srv/versions"),
+        ("../versions", "../versions"),
+        ("./s3:/bkt", "s3:/bkt"),
+        ("./s3://bkt", "s3:/bkt"),
+        ("backup-12:30/x", "backup-12:30/x"),
+        ("/srv/s3://x", "/srv/s3:/x"),
+        ("file:///srv/a%20b", "/srv/a b"),
+        ("s3://bkt", None),
+        ("S3://bkt", None),
+        ("s3://my.bkt-1/a b/\u00fc/", None),
+        ("gs://my_bkt/versions", None),
+        ("az://$web/versions", None),
+    ],
+)
+def test_what_a_place_of_files_is(
+    place: str, folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check_place(place) == place
+    assert folder_of(place) == (None if folder is None else Path(folder).absolute())
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "s3:/bkt",
+        "s3:bkt",
+        "s3://",
+        "s3:///x",
+        "s3://bkt/../x",
+        "s3://bkt/x/..",
+        "s3://bkt/./x",
+        "s3://bkt/%2e%2E/x",
+        "s3://bkt//x",
+        "s3://bkt/x?y=z",
+        "s3://bkt/x#y",
+        "s3://key:secret@bkt/x",
+        "s3://bkt:9000/x",
+        "s3://bkt/x\ny",
+        "gs:/bkt",
+        "az:bkt",
+    ],
+)
+def test_an_object_store_is_its_scheme_and_a_bucket(place: str) -> None:
+    scheme = place[:2]
+    with pytest.raises(ValueError, match=rf"an object store is {scheme}://BUCKET or {scheme}://BUCKET/FOLDER") as told:
+        check_place(place)
+    assert f"./{scheme}:" in str(told.value) and "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize("place", ["http://host/x", "https://host", "ftp:/x", "s4://bkt", "s3a://bkt", "memory:///"])
+def test_other_schemes_are_no_places(place: str) -> None:
+    scheme = place.partition(":")[0]
+    with pytest.raises(ValueError, match=rf"{scheme}: is none of file://, s3://, gs:// and az://.*\./{scheme}:"):
+        check_place(place)
+
+
+@pytest.mark.parametrize("place", ["file:/srv", "file:srv", "file://srv/x", "file://"])
+def test_a_file_url_has_an_absolute_path(place: str) -> None:
+    with pytest.raises(ValueError, match="file:///PATH"):
+        check_place(place)

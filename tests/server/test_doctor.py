@@ -306,6 +306,8 @@ def test_the_use_of_a_folder_is_said_and_a_folder_of_versions_elsewhere_is_looke
     assert full.level is Level.FAULT and "free of 1.00 MiB" in full.text
     in_bucket = examine(Setup(data_dir=data, blobs="s3://bucket/fedpeft", **free_ports()))
     assert [finding for finding in in_bucket if finding.check == "blobs"] == []
+    (torn,) = [f for f in examine(Setup(data_dir=data, blobs="s3:/bucket", **free_ports())) if f.check == "blobs"]
+    assert torn.level is Level.FAULT and "s3://BUCKET/FOLDER" in torn.text
 
 
 def test_a_disk_that_is_full_is_not_given_to_another_user(small_disk: Path) -> None:

@@ -114,12 +114,12 @@ async def hold_a_round(daemon: Daemon, run: str, a: RawClient, b: RawClient) -> 
 
 
 @pytest.mark.timed(traffic_write_s=0.05, payload_write_delay_s=0.05, storage_measure_s=0.05)
-@pytest.mark.parametrize("blobs", ["", "memory:///"])
+@pytest.mark.parametrize("blobs", ["folder", "s3"])
 @pytest.mark.parametrize("down", ["float32", "float16"])
 async def test_nothing_is_done_with_files_or_the_database_on_the_loop(
-    start: StartDaemon, guard: Guard, blobs: str, down: str
+    start: StartDaemon, guard: Guard, blobs: str, down: str, request: pytest.FixtureRequest
 ) -> None:
-    daemon = await start(blobs=blobs)
+    daemon = await start(blobs=request.getfixturevalue("s3") if blobs == "s3" else "")
     guard.folder, guard.thread = str(daemon.server.settings.data_dir), threading.get_ident()
     run = await daemon.create(config(rounds={"count": 3, "clients": 2}, codec={"down": down}), LARGE)
     a, b = await daemon.clients("a", "b")

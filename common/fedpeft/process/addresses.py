@@ -1,10 +1,11 @@
-"""Addresses at which a server listens, or is reached, and those of databases."""
+"""Addresses at which a server listens, or is reached, those of databases, and places of files."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 from urllib.parse import parse_qs, unquote
 
@@ -18,6 +19,9 @@ _USER = re.compile(r"^[^:/]*(?::[^@]*)?@")
 _HOST = re.compile(r"(?:\[[^/]+\]|[^:]*)(?::(?P<port>.*))?")
 _WITH_AT = ("host", "user", "password", "options", "application_name")
 """Parameters of PostgreSQL whose value may have an @."""
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
+_STORES = ("s3", "gs", "az")
+_BUCKET = re.compile(r"//[\w$][\w.$-]*(?P<path>/[^?#\x00-\x1f]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +132,48 @@ def _check_postgresql(place: str, query: str) -> None:
             "URL is postgresql://USER:PASSWORD@HOST:PORT/NAME, and an @, : or / in USER and PASSWORD must be "
             "percent-encoded (%40, %3A, %2F)"
         )
+
+
+def folder_of(place: str) -> Path | None:
+    """Returns the folder that a place of files is, absolute; None for the URL of an object store."""
+    if place.startswith("file://"):
+        return Path(unquote(place.removeprefix("file://"))).absolute()
+    given = _SCHEME.match(place)
+    return None if given and given[2].startswith("//") else Path(place).absolute()
+
+
+def check_place(place: str) -> str:
+    """Checks a place of files, a folder or a URL of an object store, as far as that goes without it, and returns it.
+
+    Raises:
+        ValueError: If it is neither, or a folder whose name is too much like a URL.
+    """
+    scheme, rest = match.groups() if (match := _SCHEME.fullmatch(place)) else ("", place)
+    cure = f"a folder of that name is ./{scheme}:..."
+    if scheme.lower() in _STORES:
+        bucket = _BUCKET.fullmatch(rest)
+        folders = unquote(bucket["path"] or "").removesuffix("/").split("/")[1:] if bucket else [".."]
+        if not {"", ".", ".."}.isdisjoint(folders):
+            raise ValueError(
+                f"an object store is {scheme}://BUCKET or {scheme}://BUCKET/FOLDER, without . and .. among its "
+                f"folders, ?, # or an access key; {cure}"
+            )
+    elif scheme == "file" and not rest.startswith("///"):
+        raise ValueError(f"the URL of a folder is file:///PATH; {cure}")
+    elif scheme != "file" and scheme and rest.startswith("/"):
+        raise ValueError(f"{scheme}: is none of file://, s3://, gs:// and az://; {cure}")
+    return place
+
+
+def check_folder(place: str) -> str:
+    """Checks that the path of a folder is none of a URL, which would become a folder's name, and returns it.
+
+    Raises:
+        ValueError: If it is.
+    """
+    given = _SCHEME.match(place)
+    if given and given[2].startswith("/"):
+        raise ValueError(
+            f"{given[1]}: is not the name of a folder of this machine; one of that name is ./{given[1]}:..."
+        )
+    return place

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedpeft.formatting import size
+from fedpeft.process.addresses import check_place, folder_of
 from fedpeft.process.mounts import mount_of, tree_bytes
 from fedpeft_operator.doctor.findings import Finding, Setup, fault, ok, warning
 
@@ -25,8 +26,11 @@ REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs", 
 
 def check_disks(setup: Setup) -> Iterator[Finding]:
     """Looks at the folders that are written to."""
-    place = setup.blobs.removeprefix("file://")
-    blobs = Path(place) if place and "://" not in place else None
+    blobs = None
+    try:
+        blobs = folder_of(check_place(setup.blobs)) if setup.blobs else None
+    except ValueError as error:
+        yield fault("blobs", f"--blobs: {error}", "correct --blobs, and that of the server")
     folders = (
         ("data folder", setup.data_dir, 10 * GIB),
         ("blobs", blobs, 10 * GIB),

@@ -88,9 +88,13 @@ async def test_an_object_store_that_refuses_at_the_start_is_said(
 
     monkeypatch.setattr(Blobs, "try_writing", lambda place: None if place.is_folder else refuse(place))
     with capture_logs() as lines:
-        await start(updates="memory:///")
+        await start(updates="s3://nowhere/updates")
     (line,) = said(lines, AWAY)
-    assert (line["log_level"], line["store"], line["message"]) == ("warning", "--updates memory:///", "no bucket")
+    assert (line["log_level"], line["store"], line["message"]) == (
+        "warning",
+        "--updates s3://nowhere/updates",
+        "no bucket",
+    )
 
 
 async def test_an_object_store_that_does_not_answer_holds_up_no_start(
@@ -100,7 +104,7 @@ async def test_an_object_store_that_does_not_answer_holds_up_no_start(
     monkeypatch.setattr(Blobs, "try_writing", lambda place: None if place.is_folder else answers.wait(30))
     try:
         with capture_logs() as lines:
-            await start(timing=Timing(store_answer_s=0.1), updates="memory:///")
+            await start(timing=Timing(store_answer_s=0.1), updates="s3://nowhere/updates")
     finally:
         answers.set()
     (line,) = said(lines, AWAY)

@@ -15,16 +15,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import obstore
 import structlog
 from obstore.exceptions import BaseError
-from obstore.store import LocalStore, from_url
+from obstore.store import LocalStore
 
 from fedpeft.errors import BlobCorrupt, DiskFull, FedpeftError, StateInvalid, StoreUnavailable
+from fedpeft.process.addresses import folder_of
 from fedpeft.process.durable import make_folder, refusals, sync
-from fedpeft_server.store.blobs import integrity
+from fedpeft_server.store.blobs import integrity, object_store
 from fedpeft_server.store.blobs.cache import BlobCache
 from fedpeft_server.store.blobs.integrity import Corruption, Integrity, Kind
 from fedpeft_server.store.blobs.open_file import OpenFile
@@ -62,21 +62,21 @@ class Blobs:
         self._url = url
         self._files = files or Integrity()
         self.name = f"{flag} {url}"
-        self._root: Path | None = None
+        self._root = folder_of(url)
         self._cache = BlobCache(cache)
         self._lock = threading.Lock()
         self._durable: set[Path] = set()
         """Folders whose name is known to be durable."""
-        if "://" not in url or url.startswith("file://"):
-            path = unquote(url.removeprefix("file://")) if "://" in url else url
-            self._root = Path(path).absolute()
+        if self._root is not None:
             with refusals(f"opening {self.name}"):
                 make_folder(self._root)
             self._store: Any = LocalStore(self._root)
         else:
             try:
-                self._store = from_url(url)
-            except (BaseError, ValueError) as error:
+                self._store = object_store.opened(url)
+            except ValueError as error:
+                raise StateInvalid(f"{self.name}: {error}") from None
+            except BaseError as error:
                 words = str(error).splitlines()[0]
                 raise StateInvalid(f"{flag} {url!r} is not a folder, file://, s3://, gs:// or az://: {words}") from None
 
@@ -294,19 +294,23 @@ class Blobs:
         try:
             with store_refusals(f"{doing} blob {key} in {self.name}"):
                 try:
-                    yield
-                except (FileNotFoundError, NotADirectoryError):
-                    if doing == "reading":
+                    with object_store.panics():
+                        yield
+                except (FileNotFoundError, NotADirectoryError) as error:
+                    if doing == "reading" and not object_store.lacks_bucket(error):
                         raise self._missing(key) from None
+                    if self._root is None:
+                        raise self._refused(doing, key, error) from error
                     raise
-        except BaseError as error:
+        except (BaseError, object_store.StorePanicked) as error:
             raise self._refused(doing, key, error) from error
 
-    def _refused(self, doing: str, key: str, error: BaseError) -> DiskFull | StoreUnavailable:
+    def _refused(self, doing: str, key: str, error: Exception) -> DiskFull | StoreUnavailable:
         # obstore gives the system's error only in its text.
-        words = str(error).splitlines()[0]
         if f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error):
             return DiskFull(f"{doing} blob {key} in {self.name} failed: there is no room left; free some space")
-        return StoreUnavailable(
-            f"{doing} blob {key} in {self.name} failed: {words}; check the place and the permissions"
-        )
+        if self._root is None:
+            said = object_store.sentence(self._url, error)
+        else:
+            said = f"{str(error).splitlines()[0]}; check the place and the permissions"
+        return StoreUnavailable(f"{doing} blob {key} in {self.name} failed: {said}")
