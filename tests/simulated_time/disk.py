@@ -2,7 +2,8 @@
 
 A process that dies leaves its files as they are at that instant. When the power fails, what was not forced to disk may
 be gone: the bytes of a file since its last fsync, and names that appeared in a folder, or went from it, since that of
-the folder. SQLite's own files are taken as they are: it forces them itself, where Python does not see it.
+the folder. A folder that was renamed has its old name or the new one. SQLite's own files are taken as they are: it
+forces them itself, where Python does not see it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Disk:
         self.path = path
         self._bytes: dict[int, bytes] = {}
         self._names: dict[int, dict[str, int]] = {}
+        self._back: dict[int, Path | None] = {}
         path.mkdir(parents=True, exist_ok=True)
         for place in _places(path):
             self._forced(place)
@@ -59,8 +61,20 @@ class Disk:
 
     def after_a_power_failure(self, path: Path, drawn: random.Random) -> Disk:
         """Copies what is left of the disk once the power is back."""
+        self._back = self._renamed_back(drawn)
         self._copy(self.path, path, drawn)
         return Disk(path)
+
+    def _renamed_back(self, drawn: random.Random) -> dict[int, Path | None]:
+        """Returns the places of renamed folders that get their old names back, by node; None for one that does not."""
+        back: dict[int, Path | None] = {}
+        sure = {node for names in self._names.values() for node in names.values()}
+        for place in sorted(_places(self.path)):
+            node = place.stat().st_ino
+            named = self._names.get(place.parent.stat().st_ino, {}).get(place.name)
+            if place.is_dir() and node in sure and named != node:
+                back[node] = place if drawn.random() < 0.5 else None
+        return back
 
     def _copy(self, source: Path, target: Path, drawn: random.Random) -> None:
         target.mkdir(parents=True)
@@ -71,8 +85,13 @@ class Disk:
             if name in SQLITE:
                 if name in now:  # it removes its log once all is in the database
                     shutil.copy2(source / name, target / name)
+            elif now.get(name) in self._back:
+                if self._back[now[name]] is None:
+                    self._copy_entry(source / name, target / name, drawn)
             elif sure.get(name) == now.get(name) or (name in now and drawn.random() < 0.5):
                 self._copy_entry(source / name, target / name, drawn)
+            elif (place := self._back.get(sure.get(name, 0))) is not None:
+                self._copy_entry(place, target / name, drawn)
             elif name in sure and sure[name] in self._bytes:  # what it was before
                 (target / name).write_bytes(self._bytes[sure[name]])
                 (target / name).chmod(0o600)

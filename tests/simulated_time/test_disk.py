@@ -1,8 +1,44 @@
-"""The bytes of a file that a disk has after syncs of which one failed."""
+"""A disk after a power failure, and the bytes of a file after syncs of which one failed."""
 
 from __future__ import annotations
 
-from .disk import PAGE_BYTES, written
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from .disk import PAGE_BYTES, Disk, written
+
+
+@pytest.mark.parametrize("to", ["settled", "aside/settled"])
+def test_a_renamed_folder_has_its_old_name_or_the_new_one_after_a_power_failure(tmp_path: Path, to: str) -> None:
+    left = set()
+    for seed in range(20):
+        place = tmp_path / str(seed)
+        (place / "pending").mkdir(parents=True)
+        (place / "aside").mkdir()
+        (place / "pending" / "payload").write_bytes(b"bytes")
+        disk = Disk(place)
+        (place / "pending").rename(place / to)
+        after = disk.after_a_power_failure(tmp_path / f"{seed}-after", random.Random(seed))
+        found = [file for file in after.path.rglob("payload") if file.read_bytes() == b"bytes"]
+        assert len(found) == 1
+        left.add(str(found[0].parent.relative_to(after.path)))
+    assert left == {"pending", to}
+
+
+def test_a_folder_that_was_renamed_and_forced_to_disk_has_its_new_name(tmp_path: Path) -> None:
+    place = tmp_path / "disk"
+    (place / "pending").mkdir(parents=True)
+    disk = Disk(place)
+    (place / "pending").rename(place / "settled")
+    descriptor = os.open(place, os.O_RDONLY)
+    disk.forced(descriptor)
+    os.close(descriptor)
+    for seed in range(5):
+        after = disk.after_a_power_failure(tmp_path / str(seed), random.Random(seed))
+        assert [entry.name for entry in after.path.iterdir()] == ["settled"]
 
 
 def test_a_line_that_is_added_after_a_failed_sync_is_written_with_its_page():
