@@ -43,7 +43,7 @@ class Background:
     """
 
     def __init__(self, metrics: Metrics, end: Callable[[], None]) -> None:
-        self.fault: Internal | None = None
+        self.fault: FedpeftError | None = None
         self.changed = asyncio.Event()
         self._metrics = metrics
         self._end = end
@@ -107,6 +107,13 @@ class Background:
     def _fails(self, name: str, run: str) -> None:
         self._failing.add((name, run))
         self.changed.set()
+
+    def give_up(self, fault: FedpeftError) -> None:
+        """Has the daemon end, with a fault that an operator must mend."""
+        log.critical("the server shuts down", message=fault.message)
+        self.fault = self.fault or fault
+        self.changed.set()
+        self._end()
 
     def forget(self, run: str) -> None:
         """Forgets what failed for a run that is over: nobody will try that again."""

@@ -175,7 +175,7 @@ async def build(settings: Settings, timing: Timing, stopping: asyncio.Event, sta
     addresses, life = partial(_addresses, settings, own, ports), timedelta(seconds=settings.certificate_life_s)
     access = Access(store, admission, runs, sessions, own, refresh.take_up, addresses, life, timing)
     stack.push_async_callback(access.tasks.wait)
-    presence = Presence(store, runs.lobby, progress, uploads.clients, background, timing)
+    presence = Presence(store, runs.lobby, progress, uploads.clients, _kept(settings), background, timing)
     follower = Follower(store, runs, sessions, admission, access.dismiss, presence, background, timing)
     federation = Federation(runs, store, sessions, uploads, downloads, byte_counter, metrics, caller_log)
     operator = Operator(runs, store, sessions, uploads, byte_counter, timing)
@@ -209,6 +209,16 @@ def _retention(settings: Settings) -> RetentionPolicy | None:
     if settings.keep_versions is None:
         return None
     return RetentionPolicy(settings.keep_versions, settings.keep_versions_every)
+
+
+def _kept(settings: Settings) -> str:
+    """Returns the flags that say which files are kept, for the other daemons on the database."""
+    named = {
+        "--keep-updates": settings.keep_updates,
+        f"--keep-versions {settings.keep_versions}": settings.keep_versions is not None,
+        f"--keep-versions-every {settings.keep_versions_every}": settings.keep_versions_every,
+    }
+    return " ".join(flag for flag, given in named.items() if given) or "no --keep-updates or --keep-versions"
 
 
 async def write_activity(byte_counter: ByteCounter, sessions: Sessions, store: Store) -> None:

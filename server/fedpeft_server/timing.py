@@ -59,6 +59,9 @@ class Timing:
         follow_run_s: One takes up what another has made of a run for so long before it goes on with the next; a run
             whose commands, or fold, wait for an object store goes on by itself.
         notices_gather_s: News for the other daemons that comes within this time is told as one.
+        daemons_object_s: A daemon folds nothing for so long after it told the others where it keeps files: they
+            answer within `notices_gather_s`, as a rule.
+        setup_retry_s: Pause before a daemon looks again what its places are.
         listen_retry_s: Pause before a daemon listens to the others again.
         lease_s: A daemon that folds the rounds of a run has the right to it for so long after it prolonged that last,
         lease_look_s: and another that would fold it looks again after this pause.
@@ -119,6 +122,8 @@ class Timing:
     daemon_gone_s: float = 4.0
     follow_run_s: float = 1.0
     notices_gather_s: float = 0.03
+    daemons_object_s: float = 0.5
+    setup_retry_s: float = 5.0
     listen_retry_s: float = 0.5
     lease_s: float = 4.0
     lease_look_s: float = 0.3

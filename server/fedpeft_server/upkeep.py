@@ -50,6 +50,7 @@ class Upkeep:
         background.supervise("notices", listener.listen())
         background.supervise("notices", follower.follow())
         background.supervise("seats", self._parts.presence.tell())
+        background.every("setup", timing.setup_retry_s, self._parts.presence.agree)
         background.every("revisions", timing.revisions_check_s, follower.check_runs)
         background.every("clock", timing.database_check_s, self._store.set_clock)
 

@@ -30,7 +30,7 @@ from fedpeft_server.timing import Timing
 log = structlog.get_logger()
 
 EVALUATOR = "evaluator"
-_PASSING = frozenset({Topic.HELLO, Topic.ALIVE, Topic.PROGRESS, Topic.SEATS, Topic.ALL_SEATS, Topic.BYE})
+_PASSING = frozenset({Topic.HELLO, Topic.ALIVE, Topic.PROGRESS, Topic.SEATS, Topic.ALL_SEATS, Topic.BYE, Topic.SETUP})
 SHARE = 1
 """Others' changes are taken up again after so many times as long as it took: this daemon has work of its own."""
 

@@ -3,6 +3,8 @@
 Nothing of it is written: it passes as notices. A daemon tells who came and went since it told last, and every second
 that it is there; one that hears of a daemon it does not know asks it for everybody who waits there. A daemon that was
 not heard for some seconds is gone, and nobody waits with it any more.
+
+Daemons that keep files in different places cannot hold one federation: the one that began later ends.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from typing import Any
 
 import structlog
 
-from fedpeft.errors import FedpeftError
+from fedpeft.errors import FedpeftError, SettingsInvalid
 from fedpeft_server.background import Background
+from fedpeft_server.daemons.setup import Setup
 from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.runs.progress import Report
 from fedpeft_server.runs.progress_watch import ProgressWatch
@@ -36,6 +39,7 @@ class Presence:
         lobby: The clients that wait here, and those elsewhere.
         progress: Progress of the clients that hold tickets.
         uploading: Returns the clients whose updates are arriving here.
+        kept: Flags that say which files are kept.
         background: Watches over the telling.
         timing: Pauses, and time after which a daemon is gone.
     """
@@ -46,6 +50,7 @@ class Presence:
         lobby: Lobby,
         progress: ProgressWatch,
         uploading: Callable[[], list[str]],
+        kept: str,
         background: Background,
         timing: Timing,
     ) -> None:
@@ -53,6 +58,9 @@ class Presence:
         self._lobby = lobby
         self._progress = progress
         self._uploading = uploading
+        self._kept = kept
+        self._setup: Setup | None = None
+        self._setups: dict[str, Setup] = {}  # of the others, as they were last told
         self._background = background
         self._timing = timing
         self._heard: dict[str, float] = {}  # the other daemons, by id: when they were heard last, monotonic
@@ -60,6 +68,22 @@ class Presence:
         self._greets = True
         self._tells_all = True
         self._has_left = False
+        if store.db.is_shared:
+            store.agreed.clear()
+
+    async def agree(self) -> None:
+        """Tells the others, once, where this daemon keeps files, and lets rounds be folded after they could object.
+
+        Raises:
+            FedpeftError: If it cannot be found out.
+        """
+        if self._setup is None:
+            places = await self._store.version(self._store.identities)
+            self._setup = Setup(self._store.clock.time(), places, self._kept)
+            self._greets = self._tells_all = True  # what the others told before was compared with nothing
+            self._lobby.moved.set()
+            await asyncio.sleep(self._timing.daemons_object_s)
+            self._store.agreed.set()
 
     def began(self) -> None:
         """Begins anew, for what was told before may be lost: everybody is asked, and told."""
@@ -74,7 +98,7 @@ class Presence:
         if daemon not in self._heard and notice.topic not in (Topic.ALL_SEATS, Topic.BYE):
             self._asked.add(daemon)
             self._lobby.moved.set()
-            self._welcome(daemon)
+            log.info("another server is on this database", server=daemon)
         self._heard[daemon] = time.monotonic()
         match notice.topic:
             case Topic.HELLO if not notice.keys or self._store.db.transactions.notices.sender in notice.keys:
@@ -91,6 +115,8 @@ class Presence:
                     self._progress.follow_report(ticket, Report(*report))
             case Topic.BYE:
                 self._forget(daemon)
+            case Topic.SETUP:
+                self._compare(daemon, Setup.of(notice.keys))
 
     async def tell(self) -> None:
         """Tells the others, without end, who waits here and that this daemon is there."""
@@ -137,6 +163,8 @@ class Presence:
             self._asked.difference_update(asked)
         if self._tells_all:
             self._tells_all = False
+            if self._setup is not None:
+                await self._tell(Topic.SETUP, self._setup.keys())
             seats: Mapping[str, Seat | None] = self._lobby.seats()
             await self._tell(Topic.ALL_SEATS)
         else:
@@ -155,17 +183,31 @@ class Presence:
 
     def _forget(self, daemon: str) -> None:
         self._heard.pop(daemon, None)
+        self._setups.pop(daemon, None)
         self._lobby.vacate(daemon)
         self._progress.upload_elsewhere(daemon, ())
 
-    def _welcome(self, daemon: str) -> None:
-        log.info("another server is on this database", server=daemon)
-        here = [place.name for place in self._store.places if place.is_folder]
-        if here or len(self._store.places) == 1:
-            log.error(
-                "other servers on this database do not reach the updates or versions here, unless the folder is "
-                "shared; name an object store",
-                places=here or ["--updates"],
+    def _compare(self, daemon: str, theirs: Setup) -> None:
+        """Ends this daemon if another one was there before it and keeps files elsewhere."""
+        own = self._setup
+        if own is None or self._setups.get(daemon) == theirs:
+            return
+        self._setups[daemon] = theirs
+        for here, there in own.other_places(theirs):
+            if (own.since, self._store.db.transactions.notices.sender) < (theirs.since, daemon):
+                log.error("another server on this database keeps files elsewhere, and ends", here=here, there=there)
+                continue
+            self._background.give_up(
+                SettingsInvalid(
+                    f"{here}: another server on this database, which was there before, has {there}; all of them keep "
+                    "adapter versions and updates in the same places: name that one, or another --database"
+                )
+            )
+        if own.kept != theirs.kept:
+            log.warning(
+                "another server on this database keeps other files; what one removes is gone for all",
+                here=own.kept,
+                there=theirs.kept,
             )
 
 

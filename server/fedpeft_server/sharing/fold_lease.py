@@ -43,6 +43,7 @@ class FoldLease:
         """
         if not self._store.db.is_shared:
             return 0
+        await self._store.agreed.wait()
         db = self._store.db
         with suppress(RunNotFound):  # another has deleted it; the notice of that comes soon
             epoch = await self._store.transact(db.take_lease, self._run, self._timing.lease_s)

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, ExceptionContext
 
 from fedpeft_server.timing import Timing
 
@@ -16,6 +16,8 @@ _STATUS_S = 0.05
 
 LOCKED = "55P03"
 """The state with which PostgreSQL says that another session held a lock for too long."""
+READ_ONLY = "25006"
+"""The state of a session that may write nothing; one that begins later may again, where a disk was full for a while."""
 UNDONE = ("40001", "40P01", "23503", "23505")
 """The states of a transaction that was undone in favour of another session's; it can be made again. The last two are
 those of a row that refers to one which another session has deleted, or has added, since the transaction looked."""
@@ -54,6 +56,11 @@ def engine(url: URL, timing: Timing, *, idle_s: float, **options: Any) -> Engine
             if name not in str(url.query.get("options", "")):
                 connection.execute(f"SET {name} = {limit_ms}")
         connection.commit()
+
+    @event.listens_for(made, "handle_error")
+    def _replace(context: ExceptionContext) -> None:
+        if getattr(context.original_exception, "sqlstate", "") == READ_ONLY:
+            context.is_disconnect = True  # the pool's sessions would stay what they are
 
     return made
 
@@ -101,7 +108,7 @@ def fault(cause: BaseException, sqlstate: str, words: str, lost_s: float) -> str
             return f"did not answer within {lost_s:g} s; see what it is busy with (pg_stat_activity)"
         case "25P03":
             return "ended a transaction in which nothing happened for too long: the server stood still"
-        case "25006":
+        case _ if sqlstate == READ_ONLY:
             return f"takes nothing written ({words}): a standby after a failover? Name the primary with --database"
         case "53300":
             return f"takes no more connections ({words}); raise max_connections, or end some"

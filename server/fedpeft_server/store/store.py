@@ -86,6 +86,8 @@ class Store:
         stored_bytes: Bytes of the files in the folders, by place, as they were measured last.
         registrations: Writes clients as they register.
         answers: Writes their answers to the offers of runs; the result is False where there is no such run.
+        agreed: Set unless other daemons on the database may still say that they keep files elsewhere: no round is
+            folded before.
     """
 
     def __init__(
@@ -124,6 +126,8 @@ class Store:
         self.scratch = folder / "scratch"
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
+        self.agreed = asyncio.Event()
+        self.agreed.set()
         self._transactions = ThreadPoolExecutor(1, "database")
         self.registrations = SharedTransaction(self.transact, self.db.see_clients)
         self.answers = SharedTransaction(self.transact, self.db.put_answers)
@@ -199,6 +203,12 @@ class Store:
         """Begins what `file` waits for, with no task of its own: it takes longer than many a piece of such work."""
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._files, lambda: function(*args, **kwargs))
+
+    def identities(self) -> tuple[tuple[str, str], ...]:
+        """Returns what tells the places of adapter versions and of updates from all others, each with its name."""
+        places = [(place.identity(), place.name) for place in self.places]
+        own = self.db.transactions.notices.sender, "no --updates"  # the spool is nobody else's
+        return tuple(places) if len(places) > 1 else (*places, own)
 
     async def set_clock(self) -> None:
         """Sets the clock by the database's, if other daemons may share that.

@@ -69,7 +69,6 @@ class PostgreSQL:
             f"ALTER DATABASE {self.name} CONNECTION LIMIT -1",
             f"ALTER DATABASE {self.name} RESET default_transaction_read_only",
         )
-        self.end_connections()
 
 
 @pytest.fixture

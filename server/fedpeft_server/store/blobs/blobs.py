@@ -18,7 +18,7 @@ from typing import Any
 
 import obstore
 import structlog
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from fedpeft.errors import BlobCorrupt, DiskFull, FedpeftError, StateInvalid, StoreUnavailable
@@ -32,6 +32,7 @@ from fedpeft_server.store.refusals import store_refusals
 
 log = structlog.get_logger()
 
+PLACE_KEY = "place"
 CHUNK_BYTES = 1024 * 1024
 """Bytes that are copied from an object store at once."""
 
@@ -96,6 +97,17 @@ class Blobs:
         self.put(key, b"")
         with self._translated("deleting", key):
             obstore.delete(self._store, key)
+
+    def identity(self) -> str:
+        """Returns what tells this place from all others, however it is named: 32 hexadecimal digits.
+
+        It is drawn by who asks first, and kept under the key `place`.
+        """
+        with self._translated("writing", PLACE_KEY), suppress(AlreadyExistsError):
+            obstore.put(self._store, PLACE_KEY, secrets.token_hex(16).encode(), mode="create")
+            if self._root is not None:
+                self._sync(self._root, self._root / PLACE_KEY)
+        return hashlib.sha256(b"".join(self.pieces(PLACE_KEY))).hexdigest()[:32]
 
     def put(self, key: str, data: bytes | Iterable[bytes] | Path, sha256: str = "") -> None:
         """Writes a blob, in place of any under the key; readers see the old one or the new one. Durable on return.

@@ -62,6 +62,8 @@ class Topic(StrEnum):
     """The same, and nobody waits there who was not told of since: the first of several may have none."""
     BYE = "bye"
     """A daemon shuts down."""
+    SETUP = "setup"
+    """Settings of a daemon that the others must have too: [subject, value, words, since], of `daemons.setup`."""
 
 
 _FORMS: Mapping[Topic, TypeAdapter[Any]] = {
@@ -78,6 +80,7 @@ _FORMS: Mapping[Topic, TypeAdapter[Any]] = {
     Topic.SEATS: TypeAdapter(tuple[tuple[str] | tuple[str, str, tuple[str, ...]], ...]),
     Topic.ALL_SEATS: TypeAdapter(tuple[()]),
     Topic.BYE: TypeAdapter(tuple[()]),
+    Topic.SETUP: TypeAdapter(tuple[tuple[str, str, str, float], ...]),
 }
 """Form of the keys of each topic."""
 _TEXT = TypeAdapter(tuple[str, Topic, list[Any]])
