@@ -45,6 +45,7 @@ def test_each_text_is_one_that_postgresql_takes_and_only_keys_that_are_too_long_
         '["x","scored",[["run","one","e","test"]]]',
         '["x","answer",[["run"]]]',
         '["x","bye",["y"]]',
+        '["x","setup",[["place","ab","--blobs s3://bucket","now"]]]',
     ],
 )
 def test_a_text_of_another_form_is_no_notice(text: str) -> None:
@@ -59,6 +60,7 @@ def test_every_topic_is_read_as_it_was_written() -> None:
         Topic.REMOVED: ("run", 3),
         Topic.PROGRESS: ("ticket", 1, 2, 3, 4),
         Topic.SEATS: ("client", "", ("run",)),
+        Topic.SETUP: ("place", "ab", "--blobs s3://bucket", 1.5),
     }
     for topic in Topic:
         of_it = () if topic in (Topic.ALL_SEATS, Topic.BYE) else (keys.get(topic, "name"),)
