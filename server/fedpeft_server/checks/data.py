@@ -48,10 +48,12 @@ def check(settings: Settings) -> Report:
         keys: set[str] = set()
         for run in _runs(database, report):
             keys |= check_run(run, database, blobs, report)
-        updates = check_updates(database, folder / "spool", bucket, report)
-    _note_strays(blobs, "runs", keys, report)
-    if bucket is not None:
-        _note_strays(bucket, "updates", updates, report)
+        check_updates(database, folder / "spool", bucket, settings.keep_updates, report)
+    for key in sorted(set(blobs.keys("runs")) - keys):
+        report.note(key, "the database does not know it", "it is of another database, or left by a kill")
+    for place in (blobs, bucket):
+        if place is not None:
+            _note_set_aside(place, report)
     _note_unknown(folder, report)
     return report
 
@@ -100,10 +102,7 @@ def _check_certificates(database: Database, settings: Settings, report: Report) 
             report.fault(str(settings.certificates), found, cure)
 
 
-def _note_strays(blobs: Blobs, place: str, known: set[str], report: Report) -> None:
-    for key in sorted(blobs.keys(place)):
-        if key not in known:
-            report.note(key, "the database does not know it", "it is of another database, or left by a kill")
+def _note_set_aside(blobs: Blobs, report: Report) -> None:
     for key in sorted(blobs.keys(integrity.SUFFIX)):
         report.note(key, "it was set aside because it is corrupt", "remove it once nobody wants to look at it")
 

@@ -14,11 +14,20 @@ from fedpeft_server.store.database import Database
 from fedpeft_server.store.queries import whole
 from fedpeft_server.store.update_store import update_key
 
+LOST = "`run verify` needs it: restore it from a backup"
 ASKED = "none is needed: its client is asked for it again"
 
 
-def check_updates(database: Database, folder: Path, bucket: Blobs | None, report: Report) -> set[str]:
-    """Checks updates in a spool, and in an object store if there is one; returns the keys there that are known."""
+def check_updates(database: Database, folder: Path, bucket: Blobs | None, keep: bool, report: Report) -> None:
+    """Checks updates in a spool, and in an object store if there is one.
+
+    Args:
+        database: The database that knows their tickets.
+        folder: The spool.
+        bucket: The object store; None if there is none.
+        keep: True if updates are kept after their round.
+        report: Told of what is found.
+    """
     with database.transactions.read() as connection:
         wanted = list(whole.select_wanted(connection))
         tickets = whole.select_tickets(connection)
@@ -40,7 +49,20 @@ def check_updates(database: Database, folder: Path, bucket: Blobs | None, report
             report.fault(update_key(ticket, sha256), "it is missing or corrupt in the object store", ASKED)
         elif name in damaged:
             report.note(what, damaged[name], "none is needed: the object store has it whole")
-    return {update_key(ticket, sha256) for _, _, ticket, sha256 in wanted}
+    if bucket is not None:
+        _check_others(bucket, tickets, {update_key(ticket, sha256) for _, _, ticket, sha256 in wanted}, keep, report)
+
+
+def _check_others(bucket: Blobs, tickets: set[str], wanted: set[str], keep: bool, report: Report) -> None:
+    """Checks the updates in an object store that no round in progress wants."""
+    for key in sorted(set(bucket.keys("updates")) - wanted):
+        ticket, _, sha256 = key.removeprefix("updates/").partition("/")
+        if ticket not in tickets:
+            report.note(key, "the database does not know it", "it is of another database, or left by a kill")
+        elif not keep:
+            report.note(key, "its round is over, and updates are not kept", "remove it")
+        elif (found := bucket.digest(key)) != sha256:
+            report.fault(key, f"this kept update has sha256 {found}", LOST)
 
 
 def _check_spool(folder: Path, tickets: set[str], wanted: set[str], report: Report) -> dict[str, str]:
@@ -59,7 +81,7 @@ def _check_spool(folder: Path, tickets: set[str], wanted: set[str], report: Repo
             if fault and name["ticket"] in wanted:
                 damaged[path.name] = fault
             elif fault:
-                report.fault(str(path), f"this kept update {fault}", "`run verify` needs it: restore it from a backup")
+                report.fault(str(path), f"this kept update {fault}", LOST)
     return damaged
 
 

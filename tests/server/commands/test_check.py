@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import sqlite3
 import tarfile
@@ -232,6 +233,38 @@ async def test_updates_and_versions_in_a_bucket(
     assert (code, found) == (1, "it is received, and not folded yet; it is missing") and "alice" in what
     code, findings = checked(capsys, stopped.folder)
     assert code == 1 and any("versions/000001" in what for _, what, *_ in findings), "elsewhere there is none"
+
+
+@pytest.mark.parametrize("keep", [True, False])
+async def test_kept_updates_in_a_bucket_are_read(
+    start: StartDaemon, tmp_path: Path, capsys: pytest.CaptureFixture[str], keep: bool
+) -> None:
+    updates = f"file://{tmp_path}/updates"
+    daemon = await start(tmp_path / "data", updates=updates, keep_updates=True)
+    run = await midway(daemon)
+    await daemon.end()
+    flags = ["--updates", updates, *(["--keep-updates"] if keep else [])]
+    kept = [p for p in (tmp_path / "updates").rglob("*") if p.is_file() and ticket_id(run, 1, "alice") in str(p)]
+    assert len(kept) == 1
+    code, findings = checked(capsys, tmp_path / "data", *flags)
+    said = [(what.rpartition("/")[2], found) for _, what, found, _ in findings if ticket_id(run, 1, "alice") in what]
+    left = [(kept[0].name, "its round is over, and updates are not kept")]
+    assert (code, said) == (0, [] if keep else left)
+    flip(kept[0])
+    code, findings = checked(capsys, tmp_path / "data", *flags)
+    said = [(found.split()[:3], cure) for _, what, found, cure in findings if ticket_id(run, 1, "alice") in what]
+    wrong = [(["this", "kept", "update"], "`run verify` needs it: restore it from a backup")]
+    assert (code, said) == ((1, wrong) if keep else (0, [(left[0][1].split()[:3], "remove it")]))
+
+
+async def test_what_is_no_file_in_the_place_of_a_version_is_missing(
+    stopped: Stopped, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = stopped.blob(1)
+    version.unlink()
+    os.mkfifo(version)
+    code, findings = checked(capsys, stopped.folder)
+    assert code == 1 and ("this version is missing" in [found for *_, found, _ in findings])
 
 
 def test_the_data_of_an_earlier_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from fedpeft.errors import StateInvalid
 from fedpeft.rounds.state_machine import ticket_id
 from fedpeft_server.backups import manifest
 from fedpeft_server.commands import check
+from fedpeft_server.store.blobs.blobs import PLACE_KEY
 from fedpeft_server.store.connection import sqlite_file
 from fedpeft_server.store.migrations import scripts
 from fedpeft_server.store.store import state_key, version_key
@@ -63,7 +64,9 @@ class Places:
         return from_url(self.bucket)
 
     def objects(self) -> list[str]:
-        return sorted(found["path"] for batch in obstore.list(self.store) for found in batch)
+        """The keys of all that lies there but the marks of the places."""
+        keys = (str(found["path"]) for batch in obstore.list(self.store) for found in batch)
+        return sorted(key for key in keys if not key.endswith(f"/{PLACE_KEY}"))
 
     def update(self, run: str) -> str:
         """The key of the update that alice has sent for the round in progress."""

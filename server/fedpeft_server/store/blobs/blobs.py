@@ -250,6 +250,8 @@ class Blobs:
     def pieces(self, key: str) -> Iterator[bytes]:
         """Yields the bytes of a blob as they are stored."""
         with self._translated("reading", key):
+            if self._root is not None:
+                self._own(key)  # what is no file, a pipe for example, may never end
             yield from map(bytes, obstore.get(self._store, key).stream(CHUNK_BYTES))
 
     def delete(self, keys: Sequence[str]) -> None:
