@@ -23,7 +23,7 @@ from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import TokenRow
 from fedpeft_server.timing import TIMING
 
-from .conftest import StartDaemon
+from .conftest import StartDaemon, config, filled
 from .secured import federation
 
 
@@ -52,6 +52,31 @@ async def test_a_server_that_lost_its_certificates_does_not_serve_plain_text(
         await run_on(data)
     daemon = await start(data, insecure=True)
     assert not (await daemon.operator.ListRuns(op.ListRunsRequest())).runs
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_start_with_another_database_removes_no_received_update(
+    tmp_path: Path, start: StartDaemon, kept: bool
+) -> None:
+    """A wrong --database, or a data folder whose database is not restored yet."""
+    data = tmp_path / "data"
+    daemon = await start(data, keep_updates=kept)
+    run = await daemon.create(config(rounds={"count": 1, "clients": 2}))
+    a, b = await daemon.clients("a", "b")
+    given = await asyncio.gather(a.task(), b.task())
+    await a.push(given[0].ticket, filled(1.0))
+    await daemon.end()
+    (data / "spool" / f"{given[1].ticket}.{'0' * 64}.part").write_bytes(b"begun")
+    with capture_logs() as logged:
+        other = await start(data, database=f"sqlite:///{tmp_path / 'other.db'}", keep_updates=kept)
+    assert [line["updates"] for line in logged if "tickets that the database does not know" in line["event"]] == [1]
+    await other.end()
+    assert [path.suffix for path in (data / "spool").iterdir() if path.suffix != ".manifest"] == [".update"]
+    daemon = await start(data, keep_updates=kept)
+    b = daemon.client("b")
+    await b.register()
+    await b.push(given[1].ticket, filled(1.0))
+    await daemon.until(run.id, lambda found: found.version == 1)
 
 
 async def test_a_server_that_made_tokens_and_lost_its_certificates_does_not_either(tmp_path: Path) -> None:

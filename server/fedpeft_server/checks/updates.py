@@ -15,6 +15,7 @@ from fedpeft_server.store.queries import whole
 from fedpeft_server.store.update_store import update_key
 
 LOST = "`run verify` needs it: restore it from a backup"
+STRAY = "it is of another database, or left by a kill"
 ASKED = "none is needed: its client is asked for it again"
 
 
@@ -58,7 +59,7 @@ def _check_others(bucket: Blobs, tickets: set[str], wanted: set[str], keep: bool
     for key in sorted(set(bucket.keys("updates")) - wanted):
         ticket, _, sha256 = key.removeprefix("updates/").partition("/")
         if ticket not in tickets:
-            report.note(key, "the database does not know it", "it is of another database, or left by a kill")
+            report.note(key, "the database does not know it", STRAY)
         elif not keep:
             report.note(key, "its round is over, and updates are not kept", "remove it")
         elif (found := bucket.digest(key)) != sha256:
@@ -75,7 +76,7 @@ def _check_spool(folder: Path, tickets: set[str], wanted: set[str], report: Repo
         if name is None:
             _note_other(path, report)
         elif name["ticket"] not in tickets:
-            report.note(str(path), "the database knows no such ticket", "a start of the server removes it")
+            report.note(str(path), "the database knows no such ticket", STRAY)
         elif name["kind"] == "update":
             fault = _fault(path, name["digest"])
             if fault and name["ticket"] in wanted:

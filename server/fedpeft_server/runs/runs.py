@@ -109,7 +109,7 @@ class Runs:
             await self._store.transact(self._store.db.count_spooled, sizes)
         for engine in self._engines.values():
             await self._show_again(engine)
-        await self._store.compute(self._store.sweep, self._engines, held)
+        await self._store.sweep(self._engines, held)
         for engine in self._engines.values():
             await self._start(engine)
         await self._removal.begin(self._engines)

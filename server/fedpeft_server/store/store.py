@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -24,6 +24,7 @@ from fedpeft_server.store.blobs.integrity import Corruption, Integrity
 from fedpeft_server.store.blobs.open_file import LateFile, OpenFile
 from fedpeft_server.store.blobs.room import Room
 from fedpeft_server.store.database import Database
+from fedpeft_server.store.queries.rounds import select_known
 from fedpeft_server.store.rows import VersionRow
 from fedpeft_server.store.shared_transaction import SharedTransaction
 from fedpeft_server.store.spool import Spool
@@ -329,25 +330,43 @@ class Store:
         else:
             self.forget_run(version.run, ())  # its id was drawn for it
 
-    def sweep(self, runs: Collection[str], tickets: Collection[str]) -> None:
+    async def sweep(self, runs: Collection[str], tickets: Collection[str]) -> None:
         """Removes what a process that was killed left behind; for the start of the server.
 
-        A run that is not in the database is removed only where its creation had begun here: another database may have
-        been named by mistake, and others may keep blobs at the same place.
+        Another database may have been named by mistake, or not be restored yet, and others may keep blobs at the same
+        place: a run that is not in the database is removed only where its creation had begun here, and a whole update
+        of a ticket that is not in it stays.
 
         Args:
             runs: Those in the database.
             tickets: Those whose uploads may still be wanted.
         """
+        await self.compute(self._undo_creations, runs)
+        partial_ones = self.spool.others(set(tickets), whole=False)
+        whole = set(self.spool.others(set(tickets))).difference(partial_ones)
+        known = await self.transact(self._known, sorted(whole))
+        if whole - known:
+            log.warning(
+                "received updates of tickets that the database does not know stay; if they are this server's, restore "
+                "the database from the backup or name it with --database, else remove them",
+                folder=str(self._folder / "spool"),
+                updates=len(whole - known),
+            )
+        place = self.spool if self.keep_updates else self.updates  # of what is partial here another may have kept all
+        unwanted = partial_ones if self.keep_updates else [*partial_ones, *known]
+        await self.compute(place.remove_all, unwanted)
+
+    def _known(self, tickets: Sequence[str]) -> set[str]:
+        with self.db.transactions.read() as connection:
+            return select_known(connection, tickets)
+
+    def _undo_creations(self, runs: Collection[str]) -> None:
         for key in self.spool.tickets():
             if key.startswith(_NEW_VERSION):
                 version = NewVersion.of(key)
                 if version.run not in runs:
                     self.undo(version)
                 self.updates.remove_all((key,))
-        others = self.spool.others(set(tickets), whole=not self.keep_updates)
-        place = self.spool if self.keep_updates else self.updates  # of what is partial here another may have kept all
-        place.remove_all(others)
 
     def measure(self) -> Mapping[str, int]:
         """Measures the bytes of the files in the data folder and in the folders beside it, by place, and keeps them."""

@@ -148,7 +148,7 @@ def test_what_could_not_be_removed_is_removed_later(bucket: Place, monkeypatch: 
     assert bucket.objects() == []
 
 
-def test_a_start_leaves_a_kept_update_that_another_server_received(tmp_path: Path) -> None:
+async def test_a_start_leaves_a_kept_update_that_another_server_received(tmp_path: Path) -> None:
     """Its client began to send it here, and went on there; with `--keep-updates` it stays in the bucket."""
     stores, places = list[Store](), (str(tmp_path / "versions"), (tmp_path / "bucket").as_uri())
     for name in ("one", "another"):
@@ -157,7 +157,7 @@ def test_a_start_leaves_a_kept_update_that_another_server_received(tmp_path: Pat
     manifest, data = update()
     send(stores[0].updates, manifest, data, upto=10)
     send(stores[1].updates, manifest, data)
-    stores[0].sweep((), ())
+    await stores[0].sweep((), ())
     assert not stores[0].spool.tickets()
     assert read(stores[0].updates, manifest) == data
     for store in stores:

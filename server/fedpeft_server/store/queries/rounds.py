@@ -41,6 +41,14 @@ _UPDATE_OF_TICKET = _UPDATE.where(tables.tickets.c.id == bindparam("of_ticket"))
 _WEIGH = update(tables.tickets).where(tables.tickets.c.id == bindparam("ticket")).values(weight=bindparam("share"))
 
 
+def select_known(connection: Connection, tickets: Sequence[str]) -> set[str]:
+    """Returns those of the tickets that the database has."""
+    known = set[str]()
+    for some in batches(tickets):
+        known.update(connection.execute(select(tables.tickets.c.id).where(tables.tickets.c.id.in_(some))).scalars())
+    return known
+
+
 def put_changes(connection: Connection, changes: Changes) -> None:
     """Writes what a transition, for which the run was moved to its next revision, changes of the round."""
     written = [changes.round] if changes.writes_round else []
