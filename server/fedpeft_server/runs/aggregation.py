@@ -300,7 +300,7 @@ class Folding:
                 self._due = True
             except RunNotFound:  # another daemon has deleted it
                 return
-            except (DatabaseUnavailable, DatabaseLocked, DiskFull) as error:  # that of the database, for the lease
+            except (DatabaseUnavailable, DatabaseLocked, DiskFull, StoreUnavailable) as error:
                 self._due = True
                 self._log.error(
                     "the round cannot be aggregated yet", round=self._actor.round.number, message=error.message
@@ -313,6 +313,7 @@ class Folding:
         Raises:
             LeaseLost: If another daemon has taken the lease of that epoch.
             DatabaseUnavailable: If the database is out of reach; DatabaseLocked if another program holds a lock.
+            StoreUnavailable: If files are out of reach of this server, and others may reach them; likewise DiskFull.
         """
         began = time.perf_counter()
         try:
@@ -420,8 +421,12 @@ class Folding:
             await self._fail(folding, error, epoch)
 
     async def _fail(self, folding: Round, error: Exception, epoch: int) -> None:
-        """Pauses the run, because its round cannot be folded here; raises LeaseLost if another server folds it now."""
-        if isinstance(error, DatabaseUnavailable | DatabaseLocked):
+        """Pauses the run, because its round cannot be folded; raises LeaseLost if another server folds it now.
+
+        An error of the database, or of files where another server may reach them, is raised again.
+        """
+        away = self._store.db.is_shared and isinstance(error, DiskFull | StoreUnavailable)
+        if away or isinstance(error, DatabaseUnavailable | DatabaseLocked):
             raise error
         message = error.message if isinstance(error, FedpeftError) else f"{type(error).__name__}: {error}"
         traced = None if isinstance(error, DiskFull | StoreUnavailable) else error

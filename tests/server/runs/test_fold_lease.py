@@ -93,6 +93,30 @@ async def test_another_takes_over_from_one_that_does_not_prolong_its_lease(
     check(cluster.stores[0], run, [])
 
 
+async def test_a_fold_that_finds_its_store_away_is_left_to_others(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its credentials may have expired, or its disk be full; the run is not paused for that, and goes on."""
+    monkeypatch.setattr(two_servers, "TIMING", replace(TIMING, fold_retry_s=1.0, lease_look_s=0.05))
+    tried, fold = list[aggregation.Folding](), aggregation.Folding._fold_round
+
+    async def refused(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
+        tried.append(self)
+        if self is tried[0] or len(tried) == 2:
+            raise StoreUnavailable("the bucket refuses: the key has expired")
+        return await fold(self, folding, epoch)
+
+    monkeypatch.setattr(aggregation.Folding, "_fold_round", refused)
+    run, one, two = await folding_both(cluster)
+    async with asyncio.timeout(10):
+        await asyncio.gather(one.idle(), two.idle())
+    assert tried[0] is not tried[1] and len(tried) >= 3, "both could not at first"
+    found = cluster.database.run(run)
+    assert (found.state, found.version) == (RunState.RUNNING, 1)
+    await asyncio.gather(one.close(), two.close())
+    check(cluster.stores[0], run, [])
+
+
 @pytest.mark.parametrize("finds", ["a store away", "an update lost"])
 async def test_a_fold_that_fails_once_another_has_its_lease_changes_nothing(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, finds: str
