@@ -90,6 +90,7 @@ def test_a_low_limit_of_open_files_is_said_at_the_start(tmp_path: Path) -> None:
         (["--config", "none.toml"], "--config: cannot read none.toml: No such file"),
         (["--data-dir", "d", "--database", "postgresql://u@h:abc/x"], "--database: the port is not a number from 1 to"),
         (["--data-dir", "d", "--database", "sqlite://"], "--database: the database would be in memory"),
+        (["--data-dir", "d", "--database", "sqlite:////nowhere/x.db"], "--database: there is no folder /nowhere"),
         (["--data-dir", "d", "--blobs", "s3:/bkt"], "--blobs: an object store is s3://BUCKET"),
         (["--data-dir", "d", "--updates", "http://h/x"], "--updates: http: is none of file://, s3://, gs:// and az://"),
         (["--data-dir", "s3://bkt"], "--data-dir: s3: is not the name of a folder of this machine"),

@@ -86,11 +86,13 @@ def sole_use(url: str) -> AbstractContextManager[None]:
     """Holds the file of a SQLite database for this process; a PostgreSQL is not held, for several servers may share it.
 
     Raises:
-        StateInvalid: If another server holds it, or its folder cannot be written; or if the URL is none.
+        StateInvalid: If another server holds it, or its folder is missing or cannot be written; or if the URL is none.
     """
     file = sqlite_file(url)
     if file is None:
         return nullcontext()
+    if not file.parent.is_dir():
+        raise StateInvalid(f"--database: there is no folder {file.parent}; make it, or name another")
     cure = "name another with --database: only a PostgreSQL is shared"
     return locks.file(file, f"database {file}", "server", cure)
 

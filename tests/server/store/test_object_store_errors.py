@@ -12,6 +12,7 @@ import obstore
 import pytest
 
 from fedpeft.errors import FedpeftError, StateInvalid, StoreUnavailable
+from fedpeft_server.store.blobs import object_store
 from fedpeft_server.store.blobs.blobs import Blobs
 
 from ..conftest import free_port
@@ -63,6 +64,40 @@ def test_plain_http_must_be_allowed(monkeypatch: pytest.MonkeyPatch, value: str 
         monkeypatch.setenv("AWS_ALLOW_HTTP", value)
     with pytest.raises(StateInvalid, match=r"AWS_ENDPOINT 'http://127.0.0.1:9000' .* needs AWS_ALLOW_HTTP=true$"):
         Blobs("s3://bkt/v")
+
+
+def test_what_is_missing_in_the_environment_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(
+        StateInvalid, match=r"^--blobs az://c/v: .*Account must be specified; check its variables"
+    ) as told:
+        Blobs("az://c/v", flag="--blobs")
+    assert one_sentence(told.value)
+
+
+@pytest.mark.parametrize(
+    ("debug", "says"),
+    [
+        (
+            'message: "Connection refused"',
+            "is not reached (Connection refused); see whether it runs, and whether AWS_END",
+        ),
+        ("InvalidMessage(InvalidContentType)", "is not reached (it does not speak TLS); see whether it runs"),
+        ("InvalidCertificate(UnknownIssuer)", "is not reached (no known authority signed its certificate); see"),
+    ],
+)
+@pytest.mark.parametrize("host", ["s3.invalid", "169.254.169.254"])
+def test_a_store_and_what_gives_credentials_are_told_apart(host: str, debug: str, says: str) -> None:
+    """With texts as obstore 0.12 gives them: neither TLS nor the address of a cloud's credentials is at hand."""
+    text = (
+        f"Generic S3 error: Error performing PUT https://{host}/latest/api/token in 4.8ms, max_retries: "
+        f"10, retry_timeout: 180s  - HTTP error: error sending request\n\nDebug source:\nGeneric {{ {debug} }}"
+    )
+    found = object_store.sentence("s3://bkt", OSError(text))
+    if host == "s3.invalid":
+        assert says in found
+    else:
+        assert found.startswith("no credentials are in the environment, and none are had from https://169.254.169.254")
 
 
 @pytest.fixture

@@ -79,7 +79,9 @@ class Blobs:
                 raise StateInvalid(f"{self.name}: {error}") from None
             except BaseError as error:
                 words = str(error).splitlines()[0]
-                raise StateInvalid(f"{flag} {url!r} is not a folder, file://, s3://, gs:// or az://: {words}") from None
+                if words.startswith("Generic URL error"):
+                    raise StateInvalid(f"{flag} {url!r} is not a folder, file://, s3://, gs:// or az://") from None
+                raise StateInvalid(f"{self.name}: {words}; check its variables in the environment") from None
 
     @property
     def is_folder(self) -> bool:

@@ -26,9 +26,15 @@ _TRUE = ("1", "true", "on", "yes", "y")
 _PERFORMING = re.compile(r"Error performing [A-Z]+ (?P<url>\S+) in .*? - (?P<said>.*)", re.DOTALL)
 _STATUS = re.compile(r"Server returned non-2xx status code: (?P<status>\d+[^:]*):(?P<body>.*)", re.DOTALL)
 _CODE = re.compile(r"<Code>([^<]*)</Code>|\"message\": *\"([^\"]*)\"")
-_CAUSE = re.compile(
-    r"message: \"([^\"]*)\"|\"(failed to lookup[^\"]*)\"|(InvalidMessage|UnknownIssuer|NotValidForName)"
-)
+_CAUSE = re.compile(r'message: "([^"]*)"|"(failed to lookup[^"]*)"')
+_TLS = {
+    "InvalidMessage": "it does not speak TLS",
+    "UnknownIssuer": "no known authority signed its certificate",
+    "NotValidForName": "its certificate is for another name",
+}
+"""Words of the library about TLS, and what they mean."""
+_GIVES_CREDENTIALS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
+"""Hosts that give credentials to machines of a cloud; they are asked where none are in the environment."""
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
 MOST = 200
 """Most characters of a store's own words."""
@@ -102,11 +108,11 @@ def sentence(url: str, error: BaseException) -> str:
     if performing is None:
         return f"{_short(said)}; check the place, {endpoint} and the permissions"
     there = "{0.scheme}://{0.netloc}".format(urlsplit(performing["url"]))
+    if urlsplit(performing["url"]).hostname in _GIVES_CREDENTIALS:
+        return f"no credentials are in the environment, and none are had from {there}; give some that may write there"
     status = _STATUS.search(performing["said"])
     if status is None:
-        cause = _CAUSE.search(debug)
-        words = next(filter(None, cause.groups())) if cause else performing["said"].removeprefix("HTTP error: ")
-        return f"{there} is not reached ({_short(words)}); see whether it runs, and whether {endpoint} names it"
+        return f"{there} is not reached ({_cause(said, debug)}); see whether it runs, and whether {endpoint} names it"
     code = _CODE.search(status["body"])
     answer = f"{there} answers {status['status']}" + (f" ({_short(code[1] or code[2])})" if code else "")
     if lacks_bucket(error) or isinstance(error, FileNotFoundError):
@@ -114,6 +120,14 @@ def sentence(url: str, error: BaseException) -> str:
     if status["status"].startswith(("401", "403")):
         return f"{answer}; check the credentials in the environment, and what they permit"
     return f"{answer}; check the place, {endpoint} and the permissions"
+
+
+def _cause(said: str, debug: str) -> str:
+    """Returns why a request was not answered."""
+    if words := [meaning for word, meaning in _TLS.items() if word in debug]:
+        return words[0]
+    found = _CAUSE.search(debug)
+    return _short(found[1] or found[2] if found else said.rpartition(" - ")[2].removeprefix("HTTP error: "))
 
 
 def _scheme(url: str) -> str:
