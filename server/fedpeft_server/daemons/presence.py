@@ -72,18 +72,19 @@ class Presence:
             store.agreed.clear()
 
     async def agree(self) -> None:
-        """Tells the others, once, where this daemon keeps files, and lets rounds be folded after they could object.
-
-        Raises:
-            FedpeftError: If it cannot be found out.
-        """
-        if self._setup is None:
+        """Tells the others, once, where this daemon keeps files, and lets rounds be folded after they could object."""
+        if self._setup is not None:
+            return
+        try:
             places = await self._store.version(self._store.identities)
-            self._setup = Setup(self._store.clock.time(), places, self._kept)
-            self._greets = self._tells_all = True  # what the others told before was compared with nothing
-            self._lobby.moved.set()
-            await asyncio.sleep(self._timing.daemons_object_s)
-            self._store.agreed.set()
+        except FedpeftError as error:  # it is tried again
+            log.warning("no round is folded here until the places of files answer", message=error.message)
+            return
+        self._setup = Setup(self._store.clock.time(), places, self._kept)
+        self._greets = self._tells_all = True  # what the others told before was compared with nothing
+        self._lobby.moved.set()
+        await asyncio.sleep(self._timing.daemons_object_s)
+        self._store.agreed.set()
 
     def began(self) -> None:
         """Begins anew, for what was told before may be lost: everybody is asked, and told."""

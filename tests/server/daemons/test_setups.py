@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from fedpeft.errors import SettingsInvalid
+from fedpeft.errors import SettingsInvalid, StoreUnavailable
 from fedpeft_server.daemons.setup import Setup
 from fedpeft_server.settings import Settings
+from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.notices.notices import Notice, Topic
 
 from ..conftest import begin_life, config, filled, free_port
@@ -76,6 +77,28 @@ async def test_daemons_that_keep_other_files_are_told_of(federation: Federation,
     assert len(said) == 6, "each of the three, and the new one of each"
     named = {"--keep-versions 2 --keep-versions-every 5", "no --keep-updates or --keep-versions"}
     assert {line["here"] for line in said} == {line["there"] for line in said} == named
+
+
+@pytest.mark.timed(setup_retry_s=0.2)
+async def test_a_daemon_whose_bucket_refuses_folds_nothing_until_it_answers(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = Blobs.identity
+
+    def refused(self: Blobs) -> str:
+        raise StoreUnavailable("the bucket refuses: the key is wrong")
+
+    monkeypatch.setattr(Blobs, "identity", refused)
+    with capture_logs() as logged:
+        timing = federation.daemons[0].server.timing
+        parts, end = await begin_life(settings_of(tmp_path / "other", federation, {}), timing)
+        await asyncio.sleep(0.3)
+    said = [line for line in logged if line["event"].startswith("no round is folded here")]
+    assert said and said[0]["log_level"] == "warning" and "the key is wrong" in said[0]["message"]
+    assert not parts.store.agreed.is_set() and not parts.stopping.is_set()
+    monkeypatch.setattr(Blobs, "identity", identity)
+    await asyncio.wait_for(parts.store.agreed.wait(), 5)
+    await end()
 
 
 def test_a_setup_comes_as_it_was_told() -> None:
