@@ -33,6 +33,7 @@ from fedpeft_server.store.refusals import store_refusals
 log = structlog.get_logger()
 
 PLACE_KEY = "place"
+"""Key of what tells a place from all others."""
 CHUNK_BYTES = 1024 * 1024
 """Bytes that are copied from an object store at once."""
 
