@@ -75,11 +75,13 @@ def main(arguments: list[str]) -> int:
     """
     given = _parser().parse_args(arguments)
     files = folder_arguments.existing(given)
+    if given.command != "show":
+        _database(given.database, given.data_dir)  # before anything is changed
     if given.command == "rotate":
         _rotate(files, given.authority, given.authority_key)
     elif given.command == "finish":
         _finish(files, given)
-    _show(files, _progress(files, given), folder_arguments.words(given), as_json=given.json)
+    _show(files, _progress(files, given), _here(given), as_json=given.json)
     return 0
 
 
@@ -110,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _here(given: argparse.Namespace) -> str:
+    """Returns the flags that the next command needs; a URL may have a password, which is not shown."""
+    database = " --database URL" if given.database not in ("", os.environ.get("FEDPEFT_SERVER_DATABASE")) else ""
+    return f"{folder_arguments.words(given)}{database}"
+
+
 def _rotate(files: Files, certificate: Path | None, key: Path | None) -> None:
     if (certificate is None) != (key is None):
         raise SettingsInvalid("--authority and --authority-key belong together: a certificate and the key to it")
@@ -126,7 +134,6 @@ def _finish(files: Files, given: argparse.Namespace) -> None:
             "the old authority all the same, and they must enroll again with a new token "
             "(fedpeft-client enroll --replace, fedpeft enroll --replace)"
         )
-    here = folder_arguments.words(given)
     now = Authorities.read(files)
     if now.issuing and now.is_rotating:
         issue_server(
@@ -134,7 +141,7 @@ def _finish(files: Files, given: argparse.Namespace) -> None:
         )
     authorities.finish(files)
     if progress:
-        for line in _locked_out(progress, here):
+        for line in _locked_out(progress, folder_arguments.words(given)):
             note(line)
 
 
@@ -167,20 +174,39 @@ def _progress(files: Files, given: argparse.Namespace) -> Progress | None:
     return Progress.of(_identities(given.database, given.data_dir), issuer, datetime.now(UTC))
 
 
+def _database(url: str, data_dir: Path | None) -> str | None:
+    """Returns the URL of the server's database; None if no server has begun yet.
+
+    Raises:
+        SettingsInvalid: If it is not known where the database is.
+    """
+    if not (url or data_dir):
+        raise SettingsInvalid("--data-dir is missing, or --database: who has renewed stands in the server's database")
+    found = url or f"sqlite:///{data_dir}/fedpeft.db"
+    file = sqlite_file(found)
+    if file is None or file.exists():
+        return found
+    if url:
+        raise SettingsInvalid(f"--database {url}: there is no such file; name the server's database")
+    if data_dir is not None and (data_dir / "spool").is_dir():
+        raise SettingsInvalid(
+            f"a server has worked with --data-dir {data_dir}, and its database is not there; name that with --database "
+            "(or FEDPEFT_SERVER_DATABASE): who has renewed stands in it"
+        )
+    return None
+
+
 def _identities(url: str, data_dir: Path | None) -> list[IdentityRow]:
     """Returns all identities of the database, which a running server may be using.
 
     Raises:
-        SettingsInvalid: If it is not known where the database is.
+        SettingsInvalid: As `_database`.
         StateInvalid: If the URL is none, or the database cannot be read.
     """
-    if not (url or data_dir):
-        raise SettingsInvalid("--data-dir is missing, or --database: who has renewed stands in the server's database")
-    url = url or f"sqlite:///{data_dir}/fedpeft.db"
-    file = sqlite_file(url)
-    if file is not None and not file.exists():
-        return []  # the server was never started, so nobody is enrolled
-    database = Database(url, TIMING)
+    found = _database(url, data_dir)
+    if found is None:
+        return []  # nobody is enrolled
+    database = Database(found, TIMING)
     try:
         return database.identities.after(("", ""))
     finally:

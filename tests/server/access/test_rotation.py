@@ -6,6 +6,7 @@ import asyncio
 import json
 import shlex
 import shutil
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fedpeft.errors import IdentityInvalid, Internal, SettingsInvalid
 from fedpeft.identity import certificates, folder, keys, requests
 from fedpeft.identity.authority import Authority
 from fedpeft.identity.folder import Identity
-from fedpeft.identity.subject import Role
+from fedpeft.identity.subject import Role, Subject
 from fedpeft.identity.token import EnrollmentToken
 from fedpeft.process import durable
 from fedpeft.process.addresses import Address
@@ -30,6 +31,9 @@ from fedpeft_server.access.certificates import ServerCertificates
 from fedpeft_server.access.files import Files
 from fedpeft_server.commands import authority, init
 from fedpeft_server.commands import certificate as certificate_command
+from fedpeft_server.store.database import Database
+from fedpeft_server.store.identities import Issued
+from fedpeft_server.timing import TIMING
 
 from ..conftest import RawClient, filled
 from ..secured import Federation, federation, held
@@ -316,6 +320,35 @@ def test_where_the_authority_is_elsewhere_it_is_replaced_there(tmp_path: Path) -
         module = {"authority": authority, "certificate": certificate_command}[words[0]]
         with pytest.raises(SettingsInvalid, match=r"has no authority\.key: "):
             module.main([words[1], "--data-dir", str(tmp_path / "data")])
+
+
+@pytest.mark.parametrize("word", ["rotate", "finish"])
+def test_a_server_whose_database_is_elsewhere_is_not_taken_for_one_that_nobody_enrolled_with(
+    tmp_path: Path, postgresql_url: str, capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    """`finish` would lock everybody out."""
+    found = made(tmp_path)
+    database = Database.open(postgresql_url, TIMING)
+    now = time.time()
+    database.identities.renewed(Subject(Role.CLIENT, "a"), Issued(now, now + 3600, "ab" * 32, "cd" * 32))
+    database.close()
+    flags = ["--data-dir", str(tmp_path / "data")]
+    if word == "finish":
+        authority.main(["rotate", *flags])
+    (tmp_path / "data" / "spool").mkdir()  # as a server makes it
+    before = Authorities.read(found).trusted
+    with pytest.raises(SettingsInvalid, match=r"a server has worked with .*data.* name that with --database"):
+        authority.main([word, *flags])
+    with pytest.raises(SettingsInvalid, match="there is no such file"):
+        authority.main([word, *flags, "--database", f"sqlite:///{tmp_path}/other.db"])
+    assert Authorities.read(found).trusted == before
+    if word == "finish":
+        with pytest.raises(SettingsInvalid, match="1 have not renewed yet: client a"):
+            authority.main([word, *flags, "--database", postgresql_url])
+    else:
+        capsys.readouterr()
+        authority.main([word, *flags, "--database", postgresql_url])
+        assert "not yet: client a" in capsys.readouterr().out
 
 
 def test_init_makes_the_operators_identity_anew_with_both_authorities(tmp_path: Path) -> None:
