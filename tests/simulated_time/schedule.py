@@ -93,11 +93,16 @@ class Full:
 
 @dataclass(frozen=True)
 class Rot:
-    """Updates that a server has received whole get damaged on its disk: each loses a byte, its end, or its file."""
+    """Updates that a server has received whole get damaged on its disk: each loses a byte, its end, or its file.
+
+    Those of rounds in the named phases: a fold may have read its updates already, and one that is damaged after that is
+    not asked for again, though it is to be kept.
+    """
 
     at_s: float
     seed: int
     machine: str = "server"
+    phases: tuple[str, ...] = ("open", "aggregating")
 
     @property
     def over_s(self) -> float:
@@ -107,7 +112,7 @@ class Rot:
         draw = random.Random(self.seed)
         data_dir = machines[self.machine].disk.path / "data"
         spool = data_dir / "spool"
-        waiting = _not_folded(data_dir / "fedpeft.db")  # what is kept is not asked for
+        waiting = _not_folded(data_dir / "fedpeft.db", self.phases)  # what is kept is not asked for
         for path in sorted(p for p in spool.glob("*.update") if p.stat().st_size and p.name.split(".")[0] in waiting):
             data = bytearray(path.read_bytes())
             how = draw.choice(("spared", "byte", "end", "file"))
@@ -120,16 +125,16 @@ class Rot:
                 path.unlink()
 
 
-def _not_folded(database: Path) -> set[str]:
-    """Returns the tickets whose updates are received and wait for their fold."""
+def _not_folded(database: Path, phases: tuple[str, ...]) -> set[str]:
+    """Returns the tickets whose updates are received and wait for their fold, in rounds in some phases."""
     query = (
         "select id from tickets join rounds on rounds.run = tickets.run and rounds.number = tickets.counts_in"
-        " where state = 'received' and phase in ('open', 'aggregating')"
+        f" where state = 'received' and phase in ({', '.join('?' * len(phases))})"
     )
     if not database.exists():
         return set()
     with closing(sqlite3.connect(database)) as read:
-        return {ticket for (ticket,) in read.execute(query)}
+        return {ticket for (ticket,) in read.execute(query, phases)}
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,9 @@ class Schedule:
         if name in NAMED:
             return NAMED[name]
         if name.startswith("buffered "):
-            return replace(cls.named(name.removeprefix("buffered ")), buffered=True, clients=(*CLIENTS, "d"))
+            made = cls.named(name.removeprefix("buffered "))
+            kept = tuple(replace(f, phases=("open",)) if isinstance(f, Rot) else f for f in made.faults)
+            return replace(made, faults=kept, buffered=True, clients=(*CLIENTS, "d"))
         if name.startswith("hierarchy "):
             made = cls.named(name.removeprefix("hierarchy "), OF_HIERARCHY)
             return replace(made, exact=True, hierarchy=True)
