@@ -36,6 +36,10 @@ def opened(url: str, report: Report) -> Iterator[Database | None]:
         report.fault(str(path), "there is no database", f"name its folder with --data-dir, or {RESTORE}")
         yield None
         return
+    if path is not None and not path.stat().st_size:
+        report.fault(str(path), "the database is empty: nothing of a server is in it", RESTORE)
+        yield None
+        return
     try:
         engine = connect(url, TIMING)
     except FedpeftError as error:

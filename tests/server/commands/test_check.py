@@ -257,6 +257,12 @@ async def test_kept_updates_in_a_bucket_are_read(
     assert (code, said) == ((1, wrong) if keep else (0, [(left[0][1].split()[:3], "remove it")]))
 
 
+async def test_an_emptied_database_is_a_fault(stopped: Stopped, capsys: pytest.CaptureFixture[str]) -> None:
+    stopped.database.write_bytes(b"")
+    code, findings = checked(capsys, stopped.folder)
+    assert (code, [found for *_, found, _ in findings]) == (1, ["the database is empty: nothing of a server is in it"])
+
+
 async def test_what_is_no_file_in_the_place_of_a_version_is_missing(
     stopped: Stopped, capsys: pytest.CaptureFixture[str]
 ) -> None:

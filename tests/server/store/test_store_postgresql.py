@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,21 @@ from fedpeft_server.timing import TIMING
 from ..rows import run_row, version_row
 
 SHORT = replace(TIMING, database_busy_s=1.0, database_lost_s=2.0, database_idle_s=1.0)
+
+
+def test_daemons_that_start_at_once_on_a_new_database_all_open_it(postgresql_url: str) -> None:
+    ready = threading.Barrier(8)
+
+    def opens(_: int) -> list[object]:
+        ready.wait()
+        database = Database.open(postgresql_url, TIMING)
+        try:
+            return list(database.runs())
+        finally:
+            database.close()
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(opens, range(8))) == [[]] * 8
 
 
 def test_a_lock_held_elsewhere(postgresql_url: str) -> None:

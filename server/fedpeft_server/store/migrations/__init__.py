@@ -10,7 +10,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from fedpeft.errors import StateInvalid
 from fedpeft_server.store.connection import reading
@@ -29,6 +29,8 @@ def migrate(engine: Engine) -> None:
         if MigrationContext.configure(connection).get_current_revision() == steps.get_current_head():
             return
     with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":  # several daemons may start at once
+            connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('fedpeft'), hashtext(current_schema()))"))
         current = MigrationContext.configure(connection).get_current_revision()
         if current is not None and not _known(steps, current):
             raise StateInvalid(
