@@ -35,7 +35,7 @@ class FoldLease:
         self._timing = timing
 
     async def take(self) -> int | None:
-        """Returns the epoch of the lease, 0 where none is needed; None, after a pause, while another holds it.
+        """Returns the epoch of the lease, 0 where none is needed; None, after a pause, while it cannot be had.
 
         Raises:
             DatabaseUnavailable: If the database is out of reach; DatabaseLocked if another program holds a lock.
@@ -43,12 +43,11 @@ class FoldLease:
         """
         if not self._store.db.is_shared:
             return 0
-        await self._store.agreed.wait()
-        db = self._store.db
-        with suppress(RunNotFound):  # another has deleted it; the notice of that comes soon
-            epoch = await self._store.transact(db.take_lease, self._run, self._timing.lease_s)
-            if epoch is not None:
-                return epoch
+        if self._store.agreed.is_set():
+            with suppress(RunNotFound):  # another has deleted it; the notice of that comes soon
+                epoch = await self._store.transact(self._store.db.take_lease, self._run, self._timing.lease_s)
+                if epoch is not None:
+                    return epoch
         await asyncio.sleep(self._timing.lease_look_s)
         return None
 

@@ -117,6 +117,16 @@ async def test_a_fold_that_finds_its_store_away_is_left_to_others(
     check(cluster.stores[0], run, [])
 
 
+async def test_a_server_ends_though_it_may_not_fold_yet(cluster: Cluster) -> None:
+    """Its bucket did not answer since its start, or it keeps files elsewhere than the others."""
+    for store in cluster.stores:
+        store.agreed.clear()
+    run, one, two = await folding_both(cluster)
+    async with asyncio.timeout(10):
+        await asyncio.gather(one.close(), two.close())
+    assert cluster.database.run(run).version == 0
+
+
 @pytest.mark.parametrize("finds", ["a store away", "an update lost"])
 async def test_a_fold_that_fails_once_another_has_its_lease_changes_nothing(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch, finds: str
