@@ -20,7 +20,7 @@ from fedpeft_server.backups import folders
 from fedpeft_server.parts import Parts, build
 from fedpeft_server.settings import Settings
 from fedpeft_server.startup_checks import tell_lost_versions
-from fedpeft_server.store.connection import sole_use
+from fedpeft_server.store.connection import note_place, refuse_to_forget, sole_use
 from fedpeft_server.store.rows import SERVER, AuditEvent
 from fedpeft_server.timing import Timing
 from fedpeft_server.upkeep import Upkeep
@@ -66,6 +66,7 @@ async def serving(settings: Settings, timing: Timing) -> AsyncIterator[Parts]:
         async with AsyncExitStack() as stack:
             _allow_open_files()
             parts = await build(settings, timing, stopping, stack)
+            note_place(settings.data_dir, settings.database)  # which could be opened
             _end_with(stack, parts)
             try:
                 await _take_up(parts)
@@ -162,6 +163,7 @@ def _locked(settings: Settings) -> Iterator[None]:
 
     Raises:
         StateInvalid: If the folder cannot be made or written, or is a backup, or if another server holds one of them.
+        SettingsInvalid: If its server's database is elsewhere, and is not named.
     """
     folder = settings.data_dir
     try:
@@ -169,6 +171,7 @@ def _locked(settings: Settings) -> Iterator[None]:
     except OSError as error:
         raise StateInvalid(f"--data-dir {folder}: {error.strerror}; name a folder this user can write") from None
     folders.refuse_to_serve(folder)
+    refuse_to_forget(folder, settings.database)
     with locks.directory(folder, f"--data-dir {folder}", "server", "name another folder"):
         durable.sweep(folder)
         with sole_use(settings.database_url):

@@ -17,7 +17,7 @@ from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import access_service_pb2_grpc as access_grpc
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import app
-from fedpeft_server.commands import init
+from fedpeft_server.commands import authority, init
 from fedpeft_server.settings import Settings
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import TokenRow
@@ -77,6 +77,32 @@ async def test_a_start_with_another_database_removes_no_received_update(
     await b.register()
     await b.push(given[1].ticket, filled(1.0))
     await daemon.until(run.id, lambda found: found.version == 1)
+
+
+async def test_a_folder_whose_database_is_elsewhere_does_not_get_a_new_one(
+    tmp_path: Path, start: StartDaemon, postgresql_url: str
+) -> None:
+    data = tmp_path / "data"
+    daemon = await start(data, database=postgresql_url.replace("postgres@", "postgres:secret@"))
+    await daemon.end()
+    assert (data / "database").read_text().startswith("postgresql") and "secret" not in (data / "database").read_text()
+    said = r"the database of its server is postgresql\S+; name it with --database"
+    with pytest.raises(SettingsInvalid, match=said):
+        await run_on(data)
+    secured = tmp_path / "secured"
+    init.main(["--data-dir", str(secured), "--operator-identity", str(tmp_path / "me"), "--operator", "ada"])
+    shutil.copy(data / "database", secured)
+    with pytest.raises(SettingsInvalid, match=said):
+        authority.main(["rotate", "--data-dir", str(secured)])
+    assert not (data / "fedpeft.db").exists()
+    daemon = await start(data, database=postgresql_url)
+    await daemon.end()
+    (data / "database").unlink()
+    await (await start(data)).end()
+    other = await start(data, database=f"sqlite:///{tmp_path / 'other.db'}")
+    await other.end()
+    assert not (data / "database").exists(), "the folder has one"
+    await (await start(data)).end()
 
 
 async def test_a_server_that_made_tokens_and_lost_its_certificates_does_not_either(tmp_path: Path) -> None:

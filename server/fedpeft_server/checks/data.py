@@ -18,12 +18,25 @@ from fedpeft_server.settings import Settings
 from fedpeft_server.startup_checks import refuse_lost_certificates
 from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.blobs import Blobs
+from fedpeft_server.store.connection import NOTE
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import RunRow
 
 PAGE = 1000
 """Entries of the audit log that are read at once."""
-PLACES = ("blobs", "spool", "outbound", "cache", "fetched", "scratch", "identity", "operator", "lock", "backup.json")
+PLACES = (
+    "blobs",
+    "spool",
+    "outbound",
+    "cache",
+    "fetched",
+    "scratch",
+    "identity",
+    "operator",
+    "lock",
+    "backup.json",
+    NOTE,
+)
 """Names that belong into a data folder, beside the files of the database."""
 
 

@@ -25,7 +25,7 @@ from fedpeft_server.access.authorities import Authorities
 from fedpeft_server.access.certificates import issue_server
 from fedpeft_server.access.files import Files
 from fedpeft_server.commands import folder_arguments
-from fedpeft_server.store.connection import sqlite_file
+from fedpeft_server.store.connection import refuse_to_forget, sqlite_file
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import IdentityRow
 from fedpeft_server.timing import TIMING
@@ -188,6 +188,8 @@ def _database(url: str, data_dir: Path | None) -> str | None:
         return found
     if url:
         raise SettingsInvalid(f"--database {url}: there is no such file; name the server's database")
+    if data_dir is not None:
+        refuse_to_forget(data_dir, url)
     if data_dir is not None and (data_dir / "spool").is_dir():
         raise SettingsInvalid(
             f"a server has worked with --data-dir {data_dir}, and its database is not there; name that with --database "

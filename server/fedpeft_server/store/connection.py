@@ -15,8 +15,8 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, StateInvalid
-from fedpeft.process import locks
+from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, SettingsInvalid, StateInvalid
+from fedpeft.process import durable, locks
 from fedpeft.process.addresses import check_database_url
 from fedpeft_server.store import postgresql
 from fedpeft_server.timing import Timing
@@ -65,6 +65,36 @@ def parse(url: str) -> URL:
 def shown(url: URL) -> str:
     """Returns a URL as messages may show it."""
     return url.difference_update_query(_SECRETS).render_as_string(hide_password=True)
+
+
+NOTE = "database"
+"""Name in a data folder of the note on where its server's database is, if that is not in the folder."""
+
+
+def refuse_to_forget(folder: Path, database: str) -> None:
+    """Refuses to take a data folder whose server has its database elsewhere for one that has none.
+
+    Args:
+        folder: The data folder.
+        database: URL of the database; empty for SQLite in the folder.
+
+    Raises:
+        SettingsInvalid: If no database is named, none is in the folder, and a server has worked with another one.
+    """
+    if not database and (folder / NOTE).exists() and not (folder / "fedpeft.db").exists():
+        noted = (folder / NOTE).read_text(encoding="utf-8", errors="replace").strip()[:200]
+        raise SettingsInvalid(
+            f"--data-dir {folder}: the database of its server is {noted}; name it with --database (or "
+            f"FEDPEFT_SERVER_DATABASE), or remove {folder / NOTE} if there is to be a new one in the folder"
+        )
+
+
+def note_place(folder: Path, database: str) -> None:
+    """Notes in a data folder that its server's database is elsewhere, if it is, for `refuse_to_forget`."""
+    if database and not (folder / "fedpeft.db").exists():
+        place = shown(make_url(database))
+        if not (folder / NOTE).exists() or (folder / NOTE).read_bytes() != f"{place}\n".encode():
+            durable.write(folder / NOTE, f"{place}\n".encode())
 
 
 def sqlite_file(url: str) -> Path | None:
