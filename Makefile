@@ -31,7 +31,7 @@ test-slow: $(STAMP) ## run the slow tests of processes and the long fuzz (the ot
 check: $(STAMP) ## lint, format, types, imports, protocol, and that nothing generated is stale
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(WORKERS)
 	MYPYPATH=deploy/grafana $(BIN)/mypy -p fedpeft_dashboards
 	$(BIN)/lint-imports
 	$(BIN)/buf lint protos
