@@ -57,6 +57,7 @@ BACKGROUND = (
     "seats",
     "clock",
     "revisions",
+    "setup",
     "traffic",
     "files",
     "database",

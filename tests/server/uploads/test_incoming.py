@@ -161,7 +161,7 @@ async def test_callers_that_send_nothing_keep_nobody_waiting(
     secured: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = Counted(monkeypatch)
-    monkeypatch.setattr(bounds, "RECEIVING", ReceivingBound(4, 2, 0.2))
+    monkeypatch.setattr(bounds, "RECEIVING", ReceivingBound(4, 2, 0.5))
     monkeypatch.setattr(secured.server.interceptor, "_slots", ReceiveSlots(bounds.RECEIVING))
     async with AsyncExitStack() as stack:
         silent = []
