@@ -11,7 +11,7 @@ from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
 from fedpeft.process.mounts import tree_bytes
 from fedpeft_server.checks.database import opened
-from fedpeft_server.checks.findings import FolderUse, Report
+from fedpeft_server.checks.findings import STRAY, FolderUse, Report
 from fedpeft_server.checks.runs import check_run
 from fedpeft_server.checks.updates import check_updates
 from fedpeft_server.settings import Settings
@@ -63,7 +63,7 @@ def check(settings: Settings) -> Report:
             keys |= check_run(run, database, blobs, report)
         check_updates(database, folder / "spool", bucket, settings.keep_updates, report)
     for key in sorted(set(blobs.keys("runs")) - keys):
-        report.note(key, "the database does not know it", "it is of another database, or left by a kill")
+        report.note(key, "the database does not know it", STRAY)
     for place in (blobs, bucket):
         if place is not None:
             _note_set_aside(place, report)

@@ -10,6 +10,7 @@ from typing import Any
 from fedpeft import formatting
 from fedpeft.formatting import counted
 
+STRAY = "it is of another database, or left by a kill"
 READABLE = "make it readable, and check again"
 """Cure of a file that may be well, but could not be read."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedpeft.errors import BlobCorrupt, FedpeftError
 from fedpeft.process import durable
-from fedpeft_server.checks.findings import READABLE, Report
+from fedpeft_server.checks.findings import READABLE, STRAY, Report
 from fedpeft_server.store import spool
 from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.blobs import Blobs
@@ -15,7 +15,6 @@ from fedpeft_server.store.queries import whole
 from fedpeft_server.store.update_store import update_key
 
 LOST = "`run verify` needs it: restore it from a backup"
-STRAY = "it is of another database, or left by a kill"
 ASKED = "none is needed: its client is asked for it again"
 
 
