@@ -8,7 +8,6 @@ import shutil
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, Protocol, Self, TypeVar
 
@@ -179,12 +178,9 @@ class Store:
         return await ended(asyncio.ensure_future(self._read(prepare)))
 
     async def _read(self, prepare: Callable[[], Callable[[], R]]) -> R:
-        transactions = self.db.transactions
         async with self._reads:  # so that a connection is free, and the database's thread waits for none
-            method = prepare()
-            snapshot = await self.begin(transactions.snapshot)
-            reading = partial(transactions.read_from, snapshot, method)
-            return await asyncio.get_running_loop().run_in_executor(self._readers, reading)
+            reading = await self.begin(self.db.transactions.begin_read, self._readers, prepare())
+            return await asyncio.wrap_future(reading)
 
     async def compute(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Checks an upload, makes it durable, or does other work on what has arrived, on a thread of its own kind."""
@@ -383,8 +379,8 @@ class Store:
         self._pool.shutdown()
         self._versions.shutdown()
         self._files.shutdown()
-        self._readers.shutdown()
         self._transactions.shutdown()
+        self._readers.shutdown()  # to which a transaction may have given a snapshot
         self.db.close()
 
 

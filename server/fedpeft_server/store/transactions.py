@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -91,7 +92,7 @@ class Transactions:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """Makes a transaction that only reads, or goes on with the snapshot of `read_from`.
+        """Makes a transaction that only reads, or goes on with the snapshot of `begin_read`.
 
         It waits for no program that writes.
 
@@ -111,14 +112,25 @@ class Transactions:
         """The snapshot that this thread reads from; None if it reads from none."""
         return getattr(self._reading, "snapshot", None)
 
-    def snapshot(self) -> Connection:
-        """Begins a transaction that only reads, on a connection of its own: it sees what is written by now.
+    def begin_read(self, threads: Executor, method: Callable[[], R]) -> Future[R]:
+        """Begins a transaction that only reads, on a connection of its own, for a method that one of `threads` calls.
 
-        To be called between the other transactions, and to be used and closed by `read_from`, on any thread.
+        To be called between the other transactions: the method sees what is written by now. The connection is closed
+        whatever becomes of the caller.
 
         Raises:
             FedpeftError: As `read`.
         """
+        snapshot = self._take_snapshot()
+        try:
+            reading = threads.submit(self._read_from, snapshot, method)
+        except BaseException:
+            snapshot.close()
+            raise
+        reading.add_done_callback(lambda _: snapshot.close())
+        return reading
+
+    def _take_snapshot(self) -> Connection:
         with translated(self._where, self._timing):
             connection = self.readers.connect()
             try:
@@ -128,18 +140,12 @@ class Transactions:
                 raise
         return connection
 
-    def read_from(self, snapshot: Connection, method: Callable[[], R]) -> R:
-        """Calls a method whose transaction only reads, has it read from a snapshot, and closes that.
-
-        Raises:
-            FedpeftError: As `read`.
-        """
+    def _read_from(self, snapshot: Connection, method: Callable[[], R]) -> R:
         self._reading.snapshot = snapshot
         try:
             return method()
         finally:
             self._reading.snapshot = None
-            snapshot.close()
 
     def probe(self) -> None:
         """Reads from the database; writes as well, though no row, if it was unavailable.

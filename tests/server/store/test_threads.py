@@ -9,7 +9,8 @@ from threading import Event
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
+from sqlalchemy.pool import QueuePool
 
 from fedpeft.errors import FedpeftError
 from fedpeft.v1 import operator_service_pb2 as op
@@ -188,3 +189,20 @@ async def test_bytes_on_their_way_into_the_database_are_listed_once(
     (shown,) = await daemon.rounds(run)
     assert shown.payload_bytes_down == len(data)
     assert task.ticket
+
+
+async def test_a_snapshot_is_closed_where_the_loop_ends_while_it_is_taken(both: Store) -> None:
+    gate, readers, before = Gate(), both.db.transactions.readers, asyncio.all_tasks()
+    pool = readers.pool
+    assert isinstance(pool, QueuePool)
+    event.listen(readers, "before_cursor_execute", gate.before(lambda *_: None))
+    reading = asyncio.ensure_future(both.read(both.db.runs))
+    await gate.reached()
+    begun = asyncio.all_tasks() - before
+    for task in begun:  # as the loop does at its end
+        task.cancel()
+    await asyncio.gather(*begun, return_exceptions=True)
+    assert reading.cancelled()
+    gate.open.set()
+    both.close()
+    assert (pool.checkedout(), pool.checkedin()) == (0, 0)
