@@ -177,8 +177,34 @@ class RunActor:
         if run.created_at != self.run.created_at:  # the part of a parent's run, which was made anew
             raise RunNotFound(f"{run.id} was deleted, and another run has its id since")
         conducts = await self._store.transact(self._store.db.poor_conducts, self.run.id)
-        self._log.info("run changed by another server", revision=run.revision, round=current.number)
-        self._enter(RunStatus(run.revision, run.state, run.reason, run.version, current), conducts, here=False)
+        found = RunStatus(run.revision, run.state, run.reason, run.version, current)
+        if found.revision < self.run.revision:
+            try:
+                found = await self._pause_older(found)
+            except RevisionMoved:  # another server that saw it too was faster
+                return await self._reload()
+        else:
+            self._log.info("run changed by another server", revision=run.revision, round=current.number)
+        self._enter(found, conducts, here=False)
+
+    async def _pause_older(self, found: RunStatus) -> RunStatus:
+        """Pauses the run, of which the database has an older state than it had; returns what it has then.
+
+        Raises:
+            RevisionMoved: If the run has changed meanwhile.
+        """
+        reason = (
+            f"the database is older than it was: it had version {self.run.version} of this run, and has version "
+            f"{found.version} (a standby that lagged, or a backup, in its place?); updates received and rounds "
+            "committed since are lost to it: bring the newer database back, or resume the run to go on without them"
+        )
+        self._log.error("run went back", reason=reason, revision=found.revision, before=self.run.revision)
+        event = Paused(reason)
+        if (changes := self.changes(found, event)) is None:  # paused, or over
+            return found
+        pause = Transition(changes, audit_events=_audit_events(changes, event, "", SERVER))
+        await self._store.transact(self._store.db.transit, pause)
+        return changes.after
 
     def _enter(self, after: RunStatus, conducts: Mapping[str, Conduct], *, here: bool) -> None:
         before, self.round = self.status, after.round

@@ -446,7 +446,7 @@ class RunEngine:
             self._round_log.entered(before.round, current, self._store.clock.time())
         else:  # of these clients alone it is not good
             conducts = {**dict.fromkeys(self._participation.conducts(run.id), conduct.GOOD), **conducts}
-            if before.round.number != current.number or follow.ended:
+            if before.round.number < current.number or follow.ended:
                 self._background.watch("files", self.tasks.start(self._folding.forget_here(before.round, current)))
         self._participation.put_conducts(run.id, conducts)
         if follow.committed:

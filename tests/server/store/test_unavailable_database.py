@@ -12,10 +12,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sqlalchemy import Engine, create_engine, make_url, text
+from structlog.testing import capture_logs
 
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft.v1 import run_pb2
+from fedpeft.v1.access_service_pb2 import ListAuditEntriesRequest
+from fedpeft.v1.access_service_pb2_grpc import AccessServiceStub
 from fedpeft_server.runs import aggregation
 from fedpeft_server.store import connection
 from fedpeft_server.store.database import Database
@@ -53,6 +57,18 @@ class PostgreSQL:
     def refuse(self) -> None:
         self._socket.unlink()
         self.end_connections()
+
+    def copy(self) -> None:
+        """Keeps the database as it is, as a standby that gets nothing more."""
+        self.end_connections()
+        self.run(f"CREATE DATABASE {self.name}_copy TEMPLATE {self.name} OWNER {self.name}")
+
+    def fail_over(self) -> None:
+        """Puts the copy in the place of the database."""
+        self.refuse()
+        self.run(f"ALTER DATABASE {self.name} RENAME TO {self.name}_before")
+        self.run(f"ALTER DATABASE {self.name}_copy RENAME TO {self.name}")
+        self.mend()
 
     def crowd(self) -> None:
         self.run(f"ALTER DATABASE {self.name} CONNECTION LIMIT 0")
@@ -121,6 +137,31 @@ async def test_postgresql_that_fails_is_said_and_waited_for(
     receipt = await a.push(task.ticket, filled(1.0))
     assert receipt.ticket == task.ticket
     await daemon.until(run.id, lambda r: r.version == 1)
+
+
+async def test_a_run_that_a_standby_has_an_older_state_of_is_paused_and_the_operator_told(
+    start: StartDaemon, postgresql: PostgreSQL
+) -> None:
+    daemon = await start(database=postgresql.url)
+    run = await daemon.create(config(rounds={"count": 3, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    await a.push((await a.task()).ticket, filled(1.0))
+    await daemon.until(run.id, lambda r: r.version == 1)
+    postgresql.copy()
+    await until_health(daemon, well=True)
+    await a.push((await a.task()).ticket, filled(2.0))
+    before = await daemon.until(run.id, lambda r: r.version == 2)
+    with capture_logs() as lines:
+        postgresql.fail_over()
+        paused = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
+    assert (before.version, paused.version) == (2, 1)
+    assert re.search("older than .* version 2 .* version 1", paused.reason), paused.reason
+    assert [line["reason"] for line in lines if line["log_level"] == "error"] == [paused.reason]
+    audit = await AccessServiceStub(daemon.channel).ListAuditEntries(ListAuditEntriesRequest())
+    assert [paused.reason in each.details for each in audit.entries if each.action == "run.paused"] == [True]
+    await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
+    await a.push((await a.task()).ticket, filled(2.0))
+    await daemon.until(run.id, lambda r: r.version == 2)
 
 
 async def test_ended_connections_are_replaced(start: StartDaemon, postgresql: PostgreSQL) -> None:
