@@ -21,6 +21,9 @@ from .disk import Disk
 from .loop import LIFE, Life, SimulatedLoop
 from .wire import OUTSIDE, Wire
 
+MOST_FAULTS = 20
+"""A machine that ended with so many is not started again, or a world whose server never starts has no end."""
+
 
 class Machine:
     """A machine with one process, which is started again when it dies or ends.
@@ -103,7 +106,7 @@ class Machine:
         self._wire.break_all(self.name)
         if not isinstance(error, Exception | None):
             raise error
-        if error is not None:  # as a supervisor does
+        if error is not None and len(self.faults) < MOST_FAULTS:  # as a supervisor does
             self._wire.later(self._wire.loop.now + 5.0, self.start)
 
     def kill(self, away_s: float, *, power: bool = False) -> None:

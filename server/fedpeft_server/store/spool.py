@@ -55,6 +55,14 @@ class _Held:
     whole: bool
     settled: bool = False
 
+    @property
+    def size(self) -> int:
+        """Its bytes on the disk; 0 where somebody has removed it."""
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
 
 LOCKS = 64
 """Locks that the tickets share, so that there is none to be made and removed with each ticket."""
@@ -129,11 +137,8 @@ class Spool:
 
         For the start of the server, when nothing else uses the spool.
         """
-        found = {}
-        for ticket, held in list(self._held.items()):
-            if not held.whole or ticket in tickets:
-                found[ticket] = held.path.stat().st_size
-        return found
+        with store_refusals(f"reading the spool {self._folder}"):
+            return {ticket: h.size for ticket, h in self._held.items() if not h.whole or ticket in tickets}
 
     def position(self, ticket: str, sha256: bytes) -> int:
         """Returns how many bytes are held of the payload with a digest; those of another payload do not count."""
@@ -141,10 +146,7 @@ class Spool:
         if held is None or held.digest != sha256.hex():
             return 0
         with store_refusals(f"reading the upload of {ticket}"):
-            try:
-                return held.path.stat().st_size
-            except FileNotFoundError:
-                return 0
+            return held.size
 
     def writer(self, ticket: str, manifest: Manifest, owner: Owner | None = None) -> SpoolWriter:
         """Returns a writer that goes on where the upload stands. An older writer of the ticket may write no more.
@@ -166,7 +168,7 @@ class Spool:
             if held is not None and held.whole and self._is_corrupt(ticket, held):
                 held = None
             if not (held and held.whole) and self._room is not None:
-                there = held.path.stat().st_size if held and held.path.exists() else 0
+                there = held.size if held else 0
                 self._room.check_all(f"the upload of {ticket}", max(0, manifest.payload_bytes - there))
             if held is None:
                 path = self._folder / f"{ticket}.{manifest.sha256.hex()}.part"
