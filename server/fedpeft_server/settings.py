@@ -20,6 +20,7 @@ from fedpeft.process.addresses import (
 from fedpeft.process.logs import Level, LogFormat
 from fedpeft.process.settings import ProcessSettings
 from fedpeft_server.access.files import Files
+from fedpeft_server.store import database_url
 
 GIB = 1024**3
 _FOLDERS = ("data_dir", "identity")
@@ -123,7 +124,7 @@ class Settings(ProcessSettings):
     @property
     def database_url(self) -> str:
         """The URL of the database."""
-        return self.database or f"sqlite:///{self.data_dir / 'fedpeft.db'}"
+        return database_url(self.database, self.data_dir)
 
     @property
     def enroll_address(self) -> str:

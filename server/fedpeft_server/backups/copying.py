@@ -29,6 +29,7 @@ from fedpeft_server.backups.manifest import Copied, Manifest
 from fedpeft_server.checks import database as checked_database
 from fedpeft_server.checks.findings import Report
 from fedpeft_server.settings import Settings
+from fedpeft_server.store import DATABASE_FILE
 from fedpeft_server.store.blobs.blobs import CHUNK_BYTES, Blobs
 from fedpeft_server.store.connection import sqlite_file
 from fedpeft_server.store.database import Database
@@ -38,7 +39,6 @@ from fedpeft_server.store.update_store import update_key
 
 ATTEMPTS = 5
 """Most copies of the database, where files that one names are gone before they are copied."""
-DATABASE = "fedpeft.db"
 _KEYS = ("identity", "operator")
 """Folders of keys and certificates in a data folder."""
 
@@ -103,7 +103,7 @@ class Backup:
         self._drop({each.path for each in named})
         self._copy_keys()
         if self._database is not None:
-            self._note(DATABASE)
+            self._note(DATABASE_FILE)
         return Manifest(
             now,
             __version__,
@@ -117,8 +117,8 @@ class Backup:
         self._pin()
         url, report = self.settings.database_url, Report()
         if self._database is not None:
-            _copy_sqlite(self._database, self.made / DATABASE)
-            url = f"sqlite:///{self.made / DATABASE}"
+            _copy_sqlite(self._database, self.made / DATABASE_FILE)
+            url = f"sqlite:///{self.made / DATABASE_FILE}"
         self._pin()
         with checked_database.opened(url, report) as database:
             if database is None:

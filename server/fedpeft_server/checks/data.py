@@ -16,6 +16,7 @@ from fedpeft_server.checks.runs import check_run
 from fedpeft_server.checks.updates import check_updates
 from fedpeft_server.settings import Settings
 from fedpeft_server.startup_checks import refuse_lost_certificates
+from fedpeft_server.store import DATABASE_FILE
 from fedpeft_server.store.blobs import integrity
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.connection import NOTE
@@ -122,5 +123,5 @@ def _note_set_aside(blobs: Blobs, report: Report) -> None:
 
 def _note_unknown(folder: Path, report: Report) -> None:
     for path in sorted(folder.iterdir()):
-        if path.name not in PLACES and not path.name.startswith("fedpeft.db"):
+        if path.name not in PLACES and not path.name.startswith(DATABASE_FILE):
             report.note(str(path), "the server does not know it", "look where it comes from, or remove it")

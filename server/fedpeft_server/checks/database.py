@@ -8,19 +8,20 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, make_url, text
 from sqlalchemy.exc import ArgumentError
 
 from fedpeft.errors import FedpeftError
 from fedpeft_server.checks.findings import Report
+from fedpeft_server.store import DATABASE_FILE
 from fedpeft_server.store.connection import connect, opening, reading, shown, sqlite_file
 from fedpeft_server.store.database import Database
-from fedpeft_server.store.migrations import scripts
+from fedpeft_server.store.migrations import schema, scripts
 from fedpeft_server.timing import TIMING
 
 RESTORE = "restore the database from a backup"
+EMPTY = "the database is empty: nothing of a server is in it"
 MOST = 20
 """Most faults of SQLite's own check that are told."""
 
@@ -37,7 +38,7 @@ def opened(url: str, report: Report) -> Iterator[Database | None]:
         yield None
         return
     if path is not None and not path.stat().st_size:
-        report.fault(str(path), "the database is empty: nothing of a server is in it", RESTORE)
+        report.fault(str(path), EMPTY, RESTORE)
         yield None
         return
     try:
@@ -79,11 +80,15 @@ def _check_sqlite(engine: Engine, report: Report) -> None:
 
 def _at_newest(engine: Engine, path: Path | None, scratch: Path, report: Report) -> Database | None:
     known = scripts()
-    with opening(engine, TIMING), reading(engine) as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
+    with opening(engine, TIMING):
+        current = schema(engine)
     head = known.get_current_head()
     if current == head:
         return Database(engine, TIMING)
+    if current is None:
+        report.fault(str(path or "database"), EMPTY, RESTORE)
+        engine.dispose()
+        return None
     if not _is_known(known, current):
         report.fault("database", f"its schema {current} is newer than {head}", "check it with the newer release")
         engine.dispose()
@@ -93,11 +98,11 @@ def _at_newest(engine: Engine, path: Path | None, scratch: Path, report: Report)
     if path is None:
         report.fault("database", "what is in it was not checked", "start the server once, stop it, and check again")
         return None
-    copy = scratch / "fedpeft.db"
+    copy = scratch / DATABASE_FILE
     with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(copy)) as target:
         source.backup(target)
     return Database.open(f"sqlite:///{copy}", TIMING)
 
 
-def _is_known(known: ScriptDirectory, revision: str | None) -> bool:
-    return revision is None or revision in {script.revision for script in known.walk_revisions()}
+def _is_known(known: ScriptDirectory, revision: str) -> bool:
+    return revision in {script.revision for script in known.walk_revisions()}

@@ -25,8 +25,10 @@ from fedpeft_server.access.authorities import Authorities
 from fedpeft_server.access.certificates import issue_server
 from fedpeft_server.access.files import Files
 from fedpeft_server.commands import folder_arguments
-from fedpeft_server.store.connection import refuse_to_forget, sqlite_file
+from fedpeft_server.store import database_url
+from fedpeft_server.store.connection import connect, opening, refuse_to_forget, shown, sqlite_file
 from fedpeft_server.store.database import Database
+from fedpeft_server.store.migrations import schema, scripts
 from fedpeft_server.store.rows import IdentityRow
 from fedpeft_server.timing import TIMING
 
@@ -73,10 +75,10 @@ def main(arguments: list[str]) -> int:
     Raises:
         FedpeftError: What kept it from it.
     """
-    given = _parser().parse_args(arguments)
+    given = folder_arguments.parsed(_parser(), arguments)
     files = folder_arguments.existing(given)
     if given.command != "show":
-        _database(given.database, given.data_dir)  # before anything is changed
+        _identities(given.database, given.data_dir)  # before anything is changed
     if given.command == "rotate":
         _rotate(files, given.authority, given.authority_key)
     elif given.command == "finish":
@@ -182,10 +184,12 @@ def _database(url: str, data_dir: Path | None) -> str | None:
     """
     if not (url or data_dir):
         raise SettingsInvalid("--data-dir is missing, or --database: who has renewed stands in the server's database")
-    found = url or f"sqlite:///{data_dir}/fedpeft.db"
+    found = database_url(url, data_dir or Path())
     file = sqlite_file(found)
-    if file is None or file.exists():
+    if file is None or (file.exists() and file.stat().st_size):
         return found
+    if file.exists():
+        raise SettingsInvalid(f"--database {found}: it is empty; name the server's, or restore it from a backup")
     if url:
         raise SettingsInvalid(f"--database {url}: there is no such file; name the server's database")
     if data_dir is not None:
@@ -208,7 +212,17 @@ def _identities(url: str, data_dir: Path | None) -> list[IdentityRow]:
     found = _database(url, data_dir)
     if found is None:
         return []  # nobody is enrolled
-    database = Database(found, TIMING)
+    engine = connect(found, TIMING)
+    with opening(engine, TIMING):
+        at, head = schema(engine), scripts().get_current_head()
+        if at is None:
+            raise SettingsInvalid(f"--database {shown(engine.url)}: nothing of a server is in it; name the server's")
+        if at != head:
+            raise SettingsInvalid(
+                f"--database {shown(engine.url)} has schema {at}, and this release {head}; use the command of the "
+                "server's release"
+            )
+    database = Database(engine, TIMING)
     try:
         return database.identities.after(("", ""))
     finally:

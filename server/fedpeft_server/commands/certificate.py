@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         FedpeftError: What kept it from it.
     """
-    given = _parser().parse_args(arguments)
+    given = folder_arguments.parsed(_parser(), arguments)
     files = folder_arguments.existing(given)
     if given.command == "renew":
         _renew(files, given.host)

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedpeft.errors import SettingsInvalid
 from fedpeft.process import flags
 from fedpeft_server.access.files import Files
 
+_SETTINGS = ("data_dir", "identity", "database")
+"""Settings of the server that the commands have too."""
+
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Adds --data-dir and --identity to a command."""
+    """Adds --data-dir, --identity and --config to a command."""
     flags.add_path(parser, "--data-dir", "FEDPEFT_SERVER_DATA_DIR", "the server's data folder ({})")
     said = "the folder of the certificates, if it is not identity in the data folder ({})"
     flags.add_path(parser, "--identity", "FEDPEFT_SERVER_IDENTITY", said)
+    said = "the server's settings file, for what neither flags nor environment say ({})"
+    flags.add_path(parser, "--config", "FEDPEFT_SERVER_CONFIG", said, metavar="FILE")
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the arguments of a command, completed by the server's settings file if one is named.
+
+    Raises:
+        SettingsInvalid: If that cannot be read, or a setting is wrong.
+    """
+    given = parser.parse_args(arguments)
+    if given.config is not None:
+        from fedpeft_server.settings import Settings  # only here: the commands start without its imports
+
+        named = {name: getattr(given, name, None) for name in _SETTINGS}
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in named.items() if value]
+        settings = Settings.read([f"--config={given.config}", *words])
+        for name in named.keys() & vars(given).keys():
+            setattr(given, name, getattr(settings, name))
+    return given
 
 
 def add_authority(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +61,7 @@ def files(given: argparse.Namespace) -> Files:
         SettingsInvalid: If neither folder was named.
     """
     if not (given.identity or given.data_dir):
-        raise SettingsInvalid("--data-dir is missing (or FEDPEFT_SERVER_DATA_DIR)")
+        raise SettingsInvalid("--data-dir is missing (or FEDPEFT_SERVER_DATA_DIR, or --config)")
     return Files(given.identity or given.data_dir / "identity")
 
 

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     Raises:
         FedpeftError: What kept it from it.
     """
-    given = _parser().parse_args(arguments)
+    given = folder_arguments.parsed(_parser(), arguments)
     files = folder_arguments.files(given)
     if (given.authority is None) != (given.authority_key is None):
         raise SettingsInvalid("--authority and --authority-key belong together: a certificate and the key to it")

@@ -18,7 +18,7 @@ from sqlalchemy.pool import QueuePool, StaticPool
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, DiskFull, FedpeftError, SettingsInvalid, StateInvalid
 from fedpeft.process import durable, locks
 from fedpeft.process.addresses import check_database_url
-from fedpeft_server.store import postgresql
+from fedpeft_server.store import DATABASE_FILE, postgresql
 from fedpeft_server.timing import Timing
 
 _READS = "fedpeft_reads"
@@ -81,7 +81,7 @@ def refuse_to_forget(folder: Path, database: str) -> None:
     Raises:
         SettingsInvalid: If no database is named, none is in the folder, and a server has worked with another one.
     """
-    if not database and (folder / NOTE).exists() and not (folder / "fedpeft.db").exists():
+    if not database and (folder / NOTE).exists() and not (folder / DATABASE_FILE).exists():
         noted = (folder / NOTE).read_text(encoding="utf-8", errors="replace").strip()[:200]
         raise SettingsInvalid(
             f"--data-dir {folder}: the database of its server is {noted}; name it with --database (or "
@@ -91,7 +91,7 @@ def refuse_to_forget(folder: Path, database: str) -> None:
 
 def note_place(folder: Path, database: str) -> None:
     """Notes in a data folder that its server's database is elsewhere, if it is, for `refuse_to_forget`."""
-    if database and not (folder / "fedpeft.db").exists():
+    if database and not (folder / DATABASE_FILE).exists():
         place = shown(make_url(database))
         if not (folder / NOTE).exists() or (folder / NOTE).read_bytes() != f"{place}\n".encode():
             durable.write(folder / NOTE, f"{place}\n".encode())

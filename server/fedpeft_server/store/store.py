@@ -17,6 +17,7 @@ from fedpeft.errors import DatabaseLocked, DiskFull, RunNotFound, VersionNotFoun
 from fedpeft.process.mounts import file_bytes, tree_bytes
 from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.tickets import TicketState
+from fedpeft_server.store import DATABASE_FILE, database_url
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.blobs.download_cache import DownloadCache
 from fedpeft_server.store.blobs.integrity import Corruption, Integrity
@@ -106,7 +107,7 @@ class Store:
         self._timing = timing
         self.keep_updates = keep_updates
         try:
-            self.db = Database.open(database or f"sqlite:///{folder / 'fedpeft.db'}", timing)
+            self.db = Database.open(database_url(database, folder), timing)
         except DiskFull as error:
             raise DiskFull(f"{'--database' if database else f'--data-dir {folder}'}: {error.message}") from None
         self.db.transactions.wait_at_most(0)  # `transact` waits, and keeps the database's thread free meanwhile
@@ -369,7 +370,7 @@ class Store:
         names = ("spool", "outbound", "cache", "fetched", "scratch")
         folders = {name: self._folder / name for name in names} | self._folders
         places = {name: tree_bytes(folder) for name, folder in folders.items()}
-        places["database"] = sum(file_bytes(path) for path in self._folder.glob("fedpeft.db*"))
+        places["database"] = sum(file_bytes(path) for path in self._folder.glob(f"{DATABASE_FILE}*"))
         self.stored_bytes = places
         return places
 

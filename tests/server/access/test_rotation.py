@@ -6,8 +6,10 @@ import asyncio
 import json
 import shlex
 import shutil
+import sqlite3
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import grpc
@@ -429,3 +431,40 @@ def test_a_key_that_is_nobodys_is_still_refused(tmp_path: Path) -> None:
     durable.write(found.authority_key, keys.to_pem(keys.make()))
     with pytest.raises(IdentityInvalid, match="does not belong to its certificate"):
         Authorities.read(found)
+
+
+@pytest.mark.parametrize("word", ["rotate", "finish"])
+def test_a_database_without_a_server_in_it_is_refused_before_anything_changes(tmp_path: Path, word: str) -> None:
+    found, flags = made(tmp_path), ["--data-dir", str(tmp_path / "data")]
+    if word == "finish":
+        authority.main(["rotate", *flags])
+    before, other = Authorities.read(found).trusted, tmp_path / "other.db"
+    other.touch()
+    with pytest.raises(SettingsInvalid, match=r"other\.db: it is empty; name the server's"):
+        authority.main([word, *flags, "--database", f"sqlite:///{other}"])
+    with closing(sqlite3.connect(other)) as database:
+        database.execute("CREATE TABLE notes (text)")
+    with pytest.raises(SettingsInvalid, match=r"other\.db: nothing of a server is in it; name the server's"):
+        authority.main([word, *flags, "--database", f"sqlite:///{other}"])
+    with closing(sqlite3.connect(other)) as database:
+        database.execute("CREATE TABLE alembic_version (version_num)")
+        database.execute("INSERT INTO alembic_version VALUES ('9999')")
+        database.commit()
+    with pytest.raises(SettingsInvalid, match=r"other\.db has schema 9999, and this release \d+; use the command"):
+        authority.main([word, *flags, "--database", f"sqlite:///{other}"])
+    assert Authorities.read(found).trusted == before
+
+
+def test_the_servers_settings_file_names_folder_and_database(tmp_path: Path) -> None:
+    made(tmp_path)
+    Database.open(f"sqlite:///{tmp_path}/server.db", TIMING).close()
+    settings = tmp_path / "server.toml"
+    settings.write_text(f'data_dir = "{tmp_path}/data"\ndatabase = "sqlite:///{tmp_path}/server.db"\nmax_clients = 7\n')
+    authority.main(["rotate", "--config", str(settings)])
+    certificate_command.main(["show", "--config", str(settings), "--json"])
+    with pytest.raises(SettingsInvalid, match="there is no such file; name the server's database"):
+        authority.main(["finish", "--config", str(settings), "--database", f"sqlite:///{tmp_path}/none.db"])
+    authority.main(["finish", "--config", str(settings)])
+    assert not Authorities.read(Files(tmp_path / "data" / "identity")).is_rotating
+    with pytest.raises(SettingsInvalid, match=r"cannot read .*missing\.toml: No such file"):
+        authority.main(["show", "--config", str(tmp_path / "missing.toml")])

@@ -257,8 +257,14 @@ async def test_kept_updates_in_a_bucket_are_read(
     assert (code, said) == ((1, wrong) if keep else (0, [(left[0][1].split()[:3], "remove it")]))
 
 
-async def test_an_emptied_database_is_a_fault(stopped: Stopped, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("has_tables", [False, True], ids=["of no bytes", "of another program"])
+async def test_a_database_without_a_server_in_it_is_a_fault(
+    stopped: Stopped, capsys: pytest.CaptureFixture[str], has_tables: bool
+) -> None:
     stopped.database.write_bytes(b"")
+    if has_tables:
+        with closing(sqlite3.connect(stopped.database)) as other:
+            other.execute("CREATE TABLE notes (text)")
     code, findings = checked(capsys, stopped.folder)
     assert (code, [found for *_, found, _ in findings]) == (1, ["the database is empty: nothing of a server is in it"])
 

@@ -25,9 +25,8 @@ def migrate(engine: Engine) -> None:
     """
     config = _config()
     steps = ScriptDirectory.from_config(config)
-    with reading(engine) as connection:  # which a program that holds a lock does not keep from a schema that is right
-        if MigrationContext.configure(connection).get_current_revision() == steps.get_current_head():
-            return
+    if schema(engine) == steps.get_current_head():  # read, which a program that holds a lock does not keep it from
+        return
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":  # several daemons may start at once
             connection.execute(text("SELECT pg_advisory_xact_lock(hashtext('fedpeft'), hashtext(current_schema()))"))
@@ -41,6 +40,12 @@ def migrate(engine: Engine) -> None:
             unlimited(connection)
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def schema(engine: Engine) -> str | None:
+    """Returns the step of the schema that a database is at; None if nothing of a server is in it."""
+    with reading(engine) as connection:
+        return MigrationContext.configure(connection).get_current_revision()
 
 
 def scripts() -> ScriptDirectory:
