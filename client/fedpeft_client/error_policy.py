@@ -23,6 +23,7 @@ from fedpeft.errors import (
     NotRegistered,
     ProtocolMismatch,
     RefusedByPolicy,
+    RelayDiffers,
     RoleMayNot,
     SettingsInvalid,
     SpecInvalid,
@@ -38,7 +39,7 @@ NOT_NOW = (DiskFull, Unavailable)
 FAULT = Internal
 """A server that is there and fails in a call, or answers what nobody understands: repeating it may help, or never."""
 
-UNFIT = (BackboneMismatch, BudgetExhausted, ConfigInvalid, DataInvalid, ModelInvalid, SpecInvalid)
+UNFIT = (BackboneMismatch, BudgetExhausted, ConfigInvalid, DataInvalid, ModelInvalid, RelayDiffers, SpecInvalid)
 """Errors that say that this site cannot work for a run, for good or until someone changes something."""
 
 NOT_LET_IN = (

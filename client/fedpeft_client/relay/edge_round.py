@@ -100,7 +100,8 @@ class EdgeRound:
         """Returns the description of the sum, once it is on disk.
 
         Raises:
-            ConfigInvalid: If the edge's server does not take the run, or works for another client of the parent's.
+            ConfigInvalid, SpecInvalid: If the edge's server does not take the run.
+            RelayDiffers: If it works for another client of the parent's.
             IdentityInvalid: If that server does not let this relay in.
             TrainingFailed: If there will be no sum, if the server has been away for `Timing.relay_away_s`, or if it is
                 to stop.
@@ -128,7 +129,7 @@ class EdgeRound:
                 elif now - self._failing_since >= self._timing.relay_away_s:
                     raise private(error, self._log) from None
             except (ConfigInvalid, RelayDiffers, SpecInvalid) as error:
-                raise ConfigInvalid(f"the edge's server does not take the run: {error.message}") from None
+                raise type(error)(f"the edge's server does not take the run: {error.message}") from None
             except RequestIdReused:
                 self._log.warning("another agent has made the run at the edge meanwhile")
             except (IdentityInvalid, TrainingFailed):
