@@ -64,7 +64,7 @@ def look(
     if not opened and not database.exists():
         return Found([*found.faults, "there is no database"])
     with closing(opened() if opened else read_only(database)) as read:
-        newest = read.execute("select max(version) from versions").fetchone()[0]
+        newest, draw = read.execute("select version, draw from versions order by version desc limit 1").fetchone()
         found.faults += _uncounted(read, _receipts(lines))
         found.faults += _unbooked(read, data / "spool")
         if not any(isinstance(fault, Line) and fault.what == "repeat" for fault in schedule.faults):
@@ -72,7 +72,7 @@ def look(
     if schedule.is_buffered:
         found.faults += differences(data, logs.with_name("replay"), opened)
     try:
-        found.adapter = _digest(data / "blobs", newest or 0)
+        found.adapter = _digest(data / "blobs", newest, draw)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         found.faults.append(f"version {newest} cannot be read: {error}")
     for name in LINKS:
@@ -156,9 +156,9 @@ def _left_over(state: Path) -> list[str]:
     return [path.name for path in state.glob("*") if path.name.startswith(("pending", "settled-", "set-aside"))]
 
 
-def _digest(blobs: Path, version: int) -> str:
-    """Returns the digest of a version's tensors."""
-    (file,) = blobs.glob(f"runs/*/versions/{version:06}.safetensors")
+def _digest(blobs: Path, version: int, draw: str) -> str:
+    """Returns the digest of a version's tensors; `draw` is in the name of its file."""
+    (file,) = blobs.glob(f"runs/*/versions/{version:06}{f'-draw-{draw}' if draw else ''}.safetensors")
     digest = hashlib.sha256()
     for name, values in sorted(safetensors.numpy.load_file(file).items()):
         digest.update(name.encode() + values.tobytes())

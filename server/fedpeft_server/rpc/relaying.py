@@ -130,7 +130,7 @@ class Relaying:
             if of_round in figures:
                 metrics[name] = figures[of_round]
         examples = sum(contributed.examples for contributed in said.contributions)
-        key = sum_key(run.id, number)
+        key = sum_key(run.id, number, said.sum_sha256)
         try:
             async with self._store.opened(self._store.blobs.open, key, said.sum_sha256, Kind.SUM) as file:
                 described = manifest_to_proto(manifest)

@@ -1,21 +1,20 @@
 """Folding the rounds of a run: spooled updates and version r - 1 become version r in the blobs, then in the database.
 
 The fold runs in a thread and touches nothing but blobs and spool; doing it twice gives the same bytes under the same
-keys, so a daemon that died in the middle just does it again, and two daemons may do it at once; but for a round whose
-updates were lost, and sent again, after one of them began: that one finds its lease gone, and stores nothing. Where a
-fold draws noise, its files have names of their own: the version of the one that commits is the only one that anybody is
-sent, and what others drew is removed.
+keys, so a daemon that died in the middle just does it again, and two daemons may do it at once. Where two folds of a
+round may differ, its files are named by their content: folds that draw noise do, and one of several daemons that stood
+still while another had a lost update sent again, with other bytes. The version of the fold that is committed is the
+only one that anybody is sent; the files of others are removed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import secrets
+import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -103,7 +102,6 @@ def aggregate(
     inputs: FoldInputs,
     past: Sequence[Extent],
     store: Store,
-    check: Callable[[], object] = lambda: None,
 ) -> Result:
     """Folds what a round received and stores the result durably.
 
@@ -113,8 +111,6 @@ def aggregate(
         inputs: Its updates, and facts of the rounds before, from the database.
         past: Medians of the comparable rounds before; see `fedpeft.rounds.screening`.
         store: Blobs and spool.
-        check: Called before the result is stored; raises if another daemon folds the round, and may have stored its own
-            under the same key: of other updates, where some were lost and sent again meanwhile.
 
     Raises:
         BlobCorrupt: If the base version is not what was stored.
@@ -135,11 +131,10 @@ def aggregate(
             store.distrust(base)
             _stored(base, store, stack)
             raise
-        check()
         if not policy_of(run.config.rounds).makes_versions:
-            store.blobs.put(sum_key(run.id, number), Path(scratch, "sum"), outcome.made.sha256)
+            store.blobs.put(sum_key(run.id, number, outcome.made.sha256), Path(scratch, "sum"), outcome.made.sha256)
             return Result(outcome, store.clock.time(), None)
-        draw = secrets.token_hex(8) if round_privacy_of(run.config).central else ""
+        draw = _content(outcome) if store.db.is_shared or round_privacy_of(run.config).central else ""
         version = _version(run, number, outcome, store.clock.time(), draw=draw)
         if outcome.state_sha256:
             store.blobs.put(state_file_key(version), Path(scratch, "state"), outcome.state_sha256)
@@ -152,6 +147,11 @@ def _version(
 ) -> VersionRow:
     made = outcome.made
     return VersionRow(run.id, number, made.sha256, made.size_bytes, outcome.state_sha256, now, source, draw)
+
+
+def _content(outcome: Outcome) -> str:
+    """Returns a name for the content of a fold's files."""
+    return hashlib.sha256(f"{outcome.made.sha256} {outcome.state_sha256}".encode()).hexdigest()[:16]
 
 
 def _opened(current: Round, received: Mapping[str, UpdateRow], store: Store, stack: ExitStack) -> list[Update]:
@@ -189,7 +189,7 @@ def _stored(version: VersionRow, store: Store, stack: ExitStack) -> tuple[Stored
 
 
 def forget_other_draws(version: VersionRow, store: Store) -> None:
-    """Removes the files beside those of a version that is committed: of folds that drew noise and were not."""
+    """Removes the files beside those of a version that is committed: of folds that came to others, and were not."""
     store.blobs.keep_only(file_key(version), version_prefix(version.run, version.version))
     if version.state_sha256:
         store.blobs.keep_only(state_file_key(version), state_prefix(version.run, version.version))
@@ -318,8 +318,13 @@ class Folding:
         began = time.perf_counter()
         try:
             with tracing.span("fold", self._actor.run.id, folding.number):
-                result = await self._fold_round(folding, epoch)
-                committed = await self._actor.call(lambda: self._commit(folding, result, began, epoch))
+                result = await self._fold_round(folding)
+                try:
+                    committed = await self._actor.call(lambda: self._commit(folding, result, began, epoch))
+                finally:
+                    if result.version is not None and result.version.draw:
+                        forgetting = self.forget_other_draws(folding.number)
+                        self._background.watch("files", self._actor.tasks.start(forgetting))
         except RoundEmptied as emptied:
             await self._reopen(folding, Excluded(emptied.excluded), epoch)
             return
@@ -337,29 +342,21 @@ class Folding:
             return
         if committed:  # a step of its own: the next round may be there to fold before all files of this one are gone
             self._background.watch("files", self._actor.tasks.start(self.forget(folding)))
-        if result.version is not None and result.version.draw:
-            self._background.watch("files", self._actor.tasks.start(self.forget_other_draws(folding.number)))
 
     async def forget_other_draws(self, number: int) -> None:
-        """Removes what folds of a round drew that were not committed, if one was."""
+        """Removes the files of folds of a round that were not committed, if one was."""
         with self._background.attempt("files"), suppress(VersionNotFound):  # a run that was stopped made none
             version = await self._store.transact(self._store.db.version, self._actor.run.id, number)
             await self._store.fold(forget_other_draws, version, self._store)
 
-    async def _fold_round(self, folding: Round, epoch: int) -> Result:
+    async def _fold_round(self, folding: Round) -> Result:
         db = self._store.db
         earlier = screening.comparable(self._actor.run.spec, folding.number)
         found = await self._store.read(
             db.fold_inputs, self._actor.run.id, folding.number, folding.base_version, earlier
         )
         past = [screening.median(found.extents(number, self._actor.run.config.training)) for number in earlier]
-        check = partial(self._check_lease, asyncio.get_running_loop(), epoch)
-        return await self._store.fold(aggregate, self._actor.run, folding, found, past, self._store, check)
-
-    def _check_lease(self, loop: asyncio.AbstractEventLoop, epoch: int) -> None:
-        """Checks, in the thread of a fold, that no other daemon has taken the lease since it had an epoch."""
-        if epoch:
-            asyncio.run_coroutine_threadsafe(self._lease.check(epoch), loop).result(self._timing.database_lost_s)
+        return await self._store.fold(aggregate, self._actor.run, folding, found, past, self._store)
 
     async def _commit(self, folding: Round, result: Result, began: float, epoch: int) -> bool:
         """Writes the version that a round made; returns False if another engine did, or the run was stopped."""

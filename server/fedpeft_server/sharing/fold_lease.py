@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager, suppress
 import structlog
 
 from fedpeft.errors import FedpeftError, RunNotFound
-from fedpeft_server.store.rows import LeaseLost
 from fedpeft_server.store.store import Store
 from fedpeft_server.timing import Timing
 
@@ -50,16 +49,6 @@ class FoldLease:
                     return epoch
         await asyncio.sleep(self._timing.lease_look_s)
         return None
-
-    async def check(self, epoch: int) -> None:
-        """Prolongs the lease.
-
-        Raises:
-            LeaseLost: If another daemon has taken it since it had this epoch.
-            DatabaseUnavailable: As `take`; DatabaseLocked likewise.
-        """
-        if not await self._store.transact(self._store.db.prolong_lease, self._run, epoch, self._timing.lease_s):
-            raise LeaseLost(f"another server folds {self._run}")
 
     @asynccontextmanager
     async def kept(self, epoch: int) -> AsyncIterator[None]:

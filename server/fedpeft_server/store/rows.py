@@ -77,8 +77,8 @@ class VersionRow:
     """A stored adapter version. Digests are hexadecimal; `state_sha256` is empty if the strategy keeps no state.
 
     `source` is the earlier version that a rollback made it of; None for all others. `draw` names the file of a fold
-    that drew noise, or of a version of a parent's run; empty for all others. `retention` says whether its files are
-    there.
+    that may come to others than another fold of its round, or of a version of a parent's run; empty for all others.
+    `retention` says whether its files are there.
     """
 
     run: str

@@ -305,7 +305,7 @@ class Store:
 
     def forget_sums(self, run_id: str, version: int) -> None:
         """Removes the sums of the rounds up to the one whose version the parent's server made."""
-        kept = sum_key(run_id, version + 1)
+        kept = f"{sum_prefix(run_id)}{version + 1:06}"
         self.blobs.delete([key for key in self.blobs.keys(sum_prefix(run_id).rstrip("/")) if key < kept])
 
     async def has(self, new: NewVersion) -> bool:
@@ -428,7 +428,8 @@ def version_key(run_id: str, version: int, source: int | None = None, draw: str 
     """Returns the blob key of an adapter version; `source` and `draw` are those of its row.
 
     One key has one content: another server may be folding the round that a rollback ends, and writes what it has;
-    where noise is drawn no two folds make the same; and a parent's server may make a version again.
+    several daemons may fold a round of other updates, or draw other noise; and a parent's server may make a version
+    again.
     """
     return f"{version_prefix(run_id, version)}{_suffix(source, draw)}.safetensors"
 
@@ -438,9 +439,9 @@ def state_key(run_id: str, version: int, source: int | None = None, draw: str = 
     return f"{state_prefix(run_id, version)}{_suffix(source, draw)}.safetensors"
 
 
-def sum_key(run_id: str, number: int) -> str:
-    """Returns the blob key of the sum that a round made for a parent's server."""
-    return f"{sum_prefix(run_id)}{number:06}.sum128"
+def sum_key(run_id: str, number: int, sha256: str) -> str:
+    """Returns the blob key of the sum that a round made for a parent's server, named by its content too."""
+    return f"{sum_prefix(run_id)}{number:06}-{sha256[:16]}.sum128"
 
 
 def sum_prefix(run_id: str) -> str:
@@ -485,7 +486,7 @@ def version_files(version: VersionRow) -> Iterator[BlobFile]:
 
 def sum_files(run_id: str, sums: Mapping[int, str]) -> Iterator[BlobFile]:
     """Yields the files of sums, whose digests are given by round."""
-    return (BlobFile("sum", sum_key(run_id, number), sha256) for number, sha256 in sums.items())
+    return (BlobFile("sum", sum_key(run_id, number, sha256), sha256) for number, sha256 in sums.items())
 
 
 def _suffix(source: int | None, draw: str) -> str:

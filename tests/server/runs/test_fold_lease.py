@@ -15,9 +15,10 @@ from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft_server.runs import aggregation
 from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store import database
+from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import RunState
-from fedpeft_server.store.store import version_key
+from fedpeft_server.store.store import file_key, version_prefix
 from fedpeft_server.timing import TIMING
 
 from . import two_servers
@@ -40,10 +41,10 @@ async def folding_both(cluster: Cluster) -> tuple[str, Server, Server]:
 async def test_one_folds_while_the_other_waits(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     folds, fold = list[object](), aggregation.Folding._fold_round
 
-    async def counted(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
+    async def counted(self: aggregation.Folding, folding: Round) -> Any:
         folds.append(self)
         await asyncio.sleep(0.5)
-        return await fold(self, folding, epoch)
+        return await fold(self, folding)
 
     monkeypatch.setattr(aggregation.Folding, "_fold_round", counted)
     run, one, two = await folding_both(cluster)
@@ -62,9 +63,9 @@ async def test_another_takes_over_from_one_that_does_not_prolong_its_lease(
     back, fold, keep = asyncio.Event(), aggregation.Folding._fold_round, FoldLease._keep
     first: list[aggregation.Folding] = []
 
-    async def hangs(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
+    async def hangs(self: aggregation.Folding, folding: Round) -> Any:
         first[:] = first or [self]
-        result = await fold(self, folding, epoch)
+        result = await fold(self, folding)
         if self is first[0]:
             await back.wait()
         return result
@@ -100,11 +101,11 @@ async def test_a_fold_that_finds_its_store_away_is_left_to_others(
     monkeypatch.setattr(two_servers, "TIMING", replace(TIMING, fold_retry_s=1.0, lease_look_s=0.05))
     tried, fold = list[aggregation.Folding](), aggregation.Folding._fold_round
 
-    async def refused(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
+    async def refused(self: aggregation.Folding, folding: Round) -> Any:
         tried.append(self)
         if self is tried[0] or len(tried) == 2:
             raise StoreUnavailable("the bucket refuses: the key has expired")
-        return await fold(self, folding, epoch)
+        return await fold(self, folding)
 
     monkeypatch.setattr(aggregation.Folding, "_fold_round", refused)
     run, one, two = await folding_both(cluster)
@@ -136,11 +137,11 @@ async def test_a_fold_that_fails_once_another_has_its_lease_changes_nothing(
     back, go, fold = asyncio.Event(), asyncio.Event(), aggregation.Folding._fold_round
     folds: list[aggregation.Folding] = []
 
-    async def stands_still(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
+    async def stands_still(self: aggregation.Folding, folding: Round) -> Any:
         folds.append(self)
         if self is not folds[0]:
             await go.wait()
-            return await fold(self, folding, epoch)
+            return await fold(self, folding)
         await back.wait()
         if finds == "a store away":
             raise StoreUnavailable("the bucket did not answer")
@@ -213,23 +214,24 @@ async def test_a_run_that_is_deleted_as_its_round_is_to_be_folded_ends_no_daemon
     await asyncio.gather(one.close(), two.close())
 
 
+@pytest.mark.parametrize(("place", "name"), [(aggregation, "fold_round"), (Blobs, "put")], ids=["sums", "stores"])
 async def test_a_fold_that_comes_late_does_not_write_over_the_version_that_was_committed(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, place: Any, name: str
 ) -> None:
     """Its server stood still while another found an update lost, was sent it with other bytes, and folded that."""
     monkeypatch.setattr(two_servers, "TIMING", replace(TIMING, lease_s=2.0, lease_look_s=0.05))
-    begun, goes_on, fold_round = threading.Event(), threading.Event(), aggregation.fold_round
+    begun, goes_on, method = threading.Event(), threading.Event(), getattr(place, name)
 
     def stands_still(*facts: Any, **options: Any) -> Any:
-        if not begun.is_set():
+        if not begun.is_set() and (name != "put" or "versions/000001" in facts[1]):
             begun.set()
             goes_on.wait(60)
-        return fold_round(*facts, **options)
+        return method(*facts, **options)
 
     async def dies(self: FoldLease, epoch: int) -> None:
         pass
 
-    monkeypatch.setattr(aggregation, "fold_round", stands_still)
+    monkeypatch.setattr(place, name, stands_still)
     monkeypatch.setattr(FoldLease, "_keep", dies)
     run, one, two = await folding_both(cluster)
     await asyncio.to_thread(begun.wait, 20)
@@ -245,7 +247,10 @@ async def test_a_fold_that_comes_late_does_not_write_over_the_version_that_was_c
     await asyncio.gather(one.idle(), two.idle())
     await asyncio.gather(one.close(), two.close())
     stored = cluster.database.version(run, 1)
-    assert cluster.stores[0].blobs.digest(version_key(run, 1)) == stored.sha256
+    blobs = cluster.stores[0].blobs
+    assert blobs.digest(file_key(stored)) == stored.sha256
+    there = [key for key in blobs.keys(f"runs/{run}/versions") if key.startswith(version_prefix(run, 1))]
+    assert there == [file_key(stored)], "what was not committed is removed"
     (held,) = [each for each in two_servers.shown(cluster.stores[0], run) if each.record]
     assert {each.payload_sha256 for each in held.tickets if each.ticket.client == "b"} == {receipt}
 

@@ -202,9 +202,9 @@ async def test_of_two_servers_that_draw_noise_for_a_round_one_commits_its_own(
     one, two = [await Server.of(store, run) for store in cluster.stores]
     folds, both, fold = list[str](), asyncio.Barrier(2), aggregation.Folding._fold_round
 
-    async def together(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
+    async def together(self: aggregation.Folding, folding: Round) -> Any:
         await both.wait()
-        found = await fold(self, folding, epoch)
+        found = await fold(self, folding)
         folds.append(found.outcome.made.sha256)
         await both.wait()
         return found

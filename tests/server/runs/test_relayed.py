@@ -295,10 +295,10 @@ async def test_of_sums_those_that_the_parent_has_counted_go(daemon: Daemon, tmp_
     await make(daemon, 0, zeros(), made=edges(count=9))
     store = daemon.server.store
     for number in (1, 2, 3, 10):
-        store.blobs.put(sum_key(RUN, number), b"sum")
+        store.blobs.put(sum_key(RUN, number, "ab" * 32), b"sum")
     await asyncio.to_thread(store.forget_sums, RUN, 2)
     left = sorted(path.name for path in (tmp_path / "data" / "blobs" / "runs" / RUN / "sums").iterdir())
-    assert left == ["000003.sum128", "000010.sum128"]
+    assert left == [f"{number}-{'ab' * 8}.sum128" for number in ("000003", "000010")]
 
 
 async def test_a_sum_is_taken_where_the_run_adds_up_exactly_alone(daemon: Daemon) -> None:

@@ -57,9 +57,9 @@ async def test_a_round_is_committed_once_where_both_fold_it_at_the_same_time(
     one, two = [await Server.of(store, run) for store in cluster.stores]
     folds, both, fold = list[str](), asyncio.Barrier(2), aggregation.Folding._fold_round
 
-    async def together(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
+    async def together(self: aggregation.Folding, folding: Round) -> Any:
         await both.wait()
-        found = await fold(self, folding, epoch)
+        found = await fold(self, folding)
         folds.append(found.outcome.record_sha256)
         await both.wait()
         return found
@@ -87,10 +87,10 @@ async def test_a_fold_that_finds_its_updates_removed_finds_that_it_is_done(
     one, two = [await Server.of(store, run) for store in cluster.stores]
     begun, known, done, fold = asyncio.Event(), asyncio.Event(), asyncio.Event(), aggregation.Folding._fold_round
 
-    async def late(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
+    async def late(self: aggregation.Folding, folding: Round) -> Any:
         begun.set()
         await (done if self is two.engine._folding else known).wait()
-        return await fold(self, folding, epoch)
+        return await fold(self, folding)
 
     monkeypatch.setattr(aggregation.Folding, "_fold_round", late)
     await one.offer("ab")
@@ -122,10 +122,10 @@ async def test_a_rollback_ends_a_round_that_another_server_folds(
     await one.idle()
     begun, go, fold = asyncio.Event(), asyncio.Event(), aggregation.Folding._fold_round
 
-    async def late(self: aggregation.Folding, folding: Round, epoch: int) -> Any:
+    async def late(self: aggregation.Folding, folding: Round) -> Any:
         begun.set()
         await go.wait()
-        return await fold(self, folding, epoch)
+        return await fold(self, folding)
 
     monkeypatch.setattr(aggregation.Folding, "_fold_round", late)
     await one.offer("ab")
