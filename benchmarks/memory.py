@@ -37,7 +37,11 @@ def plot(rows: dict[str, list[tuple[int, float, float, float]]], path: Path) -> 
             clients, [row[1] for row in found], marker="o", label=f"server, updates of {megabytes:.3g} MB"
         )
         axes.plot(
-            clients, [n * megabytes for n in clients], ":", color=line.get_color(), label="all updates of a round"
+            clients,
+            [n * megabytes for n in clients],
+            ":",
+            color=line.get_color(),
+            label=f"all updates of a round, of {megabytes:.3g} MB",
         )
     axes.set(xscale="log", yscale="log", xlabel="clients of a round", ylabel="memory, MB")
     axes.grid(alpha=0.3)
