@@ -9,7 +9,6 @@ import asyncio
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -32,18 +31,13 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import federation_service_pb2_grpc, tensor_pb2
 
 from ..conftest import preloaded_environment, process_itself
+from ..ports import free_port
 
 T = TypeVar("T")
 WAIT_S = 30.0
 SPEC = AdapterSpec.of("bias", [TensorSpec("blocks.0.bias", (700,)), TensorSpec("head.weight", (9, 500))])
 MODEL_PARAMETERS = 5_526_000
 LINK = re.compile(r"(http://\S+/login\?key=\S+)")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(reached: Callable[[], T], what: str, seconds: float = WAIT_S) -> T:

@@ -25,7 +25,8 @@ from fedpeft_operator.console.serving import login_link
 from fedpeft_operator.console.session_store import SessionStore
 from fedpeft_operator.console.settings import Settings
 
-from .federation import Federation, free_port, wait_for
+from ..ports import free_port
+from .federation import Federation, wait_for
 from .test_guard import Browser
 
 pytestmark = pytest.mark.xdist_group("console")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from ..ports import free_port
 from .conftest import PROMETHEUS, program
 
 HURRY = "250ms"
@@ -64,9 +64,7 @@ def scraping(target: str, folder: Path, targets: str = "fedpeft") -> Iterator[Pr
     config = yaml.safe_load((folder / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": HURRY, "scrape_timeout": HURRY, "evaluation_interval": HURRY}
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     flags = {"config.file": folder / "prometheus.yml", "storage.tsdb.path": folder / "tsdb", "log.level": "warn"}
     flags["web.listen-address"] = f"127.0.0.1:{port}"
     with (folder / "log").open("wb") as log:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ..ports import free_port
 from .conftest import ROOT
 
 PROJECT = "fedpeft-test"
@@ -62,9 +62,7 @@ class Stack:
         }
         self._environment = {**os.environ, "FEDPEFT_TAG": TAG}
         for name in ("CONSOLE", "PROMETHEUS", "GRAFANA"):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                self._environment[f"FEDPEFT_{name}_PORT"] = str(probe.getsockname()[1])
+            self._environment[f"FEDPEFT_{name}_PORT"] = str(free_port())
         self.prometheus = f"http://127.0.0.1:{self._environment['FEDPEFT_PROMETHEUS_PORT']}"
 
     def close(self) -> None:

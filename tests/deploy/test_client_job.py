@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedpeft_client.owner.metrics import Metrics, State
 
-from ..server.conftest import free_port
+from ..ports import free_port
 from .prometheus import scraping
 
 WAIT_S = 20

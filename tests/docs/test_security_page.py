@@ -19,7 +19,7 @@ from PIL import Image
 from fedpeft.identity.subject import Role
 from fedpeft_server.access.rights import RIGHTS
 
-from .walkthrough import free_port
+from ..ports import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded")]
 

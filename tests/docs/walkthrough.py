@@ -18,13 +18,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from ..ports import free_port
 
 WAIT_S = 120.0
 """Longest wait for a command, or for what one in the background is to say."""
@@ -97,12 +98,6 @@ def missing(shown: list[str], output: str) -> str | None:
             return line
         at, skip = found + 1, False
     return None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Walkthrough:

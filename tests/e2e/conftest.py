@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file
 
+from ..ports import free_port
+
 WAIT_S = 150.0
 """Longest wait for anything; the machine may be busy."""
 
@@ -61,12 +63,6 @@ def write_site(path: Path, seed: int, count: int = 16) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"image": images, "label": [("cat", "dog")[n % 2] for n in range(count)]}), path)
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(reached: Callable[[], Any], what: str, pause_s: float = 0.05, most_s: float = WAIT_S) -> Any:

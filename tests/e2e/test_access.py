@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from ..ports import free_port
 from ..run_files import TINY_MODEL
-from .conftest import WAIT_S, Process, free_port, wait_for, write_site
+from .conftest import WAIT_S, Process, wait_for, write_site
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 

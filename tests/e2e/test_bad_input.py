@@ -54,8 +54,9 @@ from fedpeft_server.settings import Settings as ServerSettings
 from fedpeft_server.timing import TIMING
 
 from ..conftest import mounted_mib
+from ..ports import free_port
 from ..run_files import TINY_MODEL
-from .conftest import Process, free_port, wait_for, write_site
+from .conftest import Process, wait_for, write_site
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded")]
 

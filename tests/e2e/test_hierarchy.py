@@ -13,8 +13,9 @@ import pytest
 
 from fedpeft.api.operator_client import OperatorClient
 
+from ..ports import free_port
 from ..run_files import TINY_MODEL
-from .conftest import WAIT_S, Federation, Process, free_port, wait_for, write_site
+from .conftest import WAIT_S, Federation, Process, wait_for, write_site
 from .test_over_tls import command
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("preloaded"), pytest.mark.timeout(600)]

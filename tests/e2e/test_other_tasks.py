@@ -17,7 +17,8 @@ from fedpeft.models.tasks import tasks
 from fedpeft.simulation import clients_of, simulate
 
 from ..outside_package import looked_up_anew
-from .conftest import WAIT_S, Process, free_port, wait_for
+from ..ports import free_port
+from .conftest import WAIT_S, Process, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")

@@ -25,7 +25,8 @@ from safetensors.numpy import load_file
 
 from fedpeft.process import tracing
 
-from .conftest import RUN_FILE, WAIT_S, Federation, Process, free_port, pump, wait_for, write_site
+from ..ports import free_port
+from .conftest import RUN_FILE, WAIT_S, Federation, Process, pump, wait_for, write_site
 
 SMALL = RUN_FILE.replace("depth = 8", "depth = 1").replace('"full"', '"head"').replace("steps = 20", "steps = 2")
 

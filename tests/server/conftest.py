@@ -6,7 +6,6 @@ import asyncio
 import os
 import pwd
 import shutil
-import socket
 import sqlite3
 import subprocess
 import tempfile
@@ -44,6 +43,7 @@ from fedpeft_server.store.database import Database
 from fedpeft_server.store.migrations import migrate
 from fedpeft_server.timing import TIMING, Timing
 
+from ..ports import free_port
 from .object_store import ACCESS, s3_server
 from .rows import run_row, version_row
 
@@ -51,12 +51,6 @@ Arrays = dict[str, NDArray[np.float32]]
 T = TypeVar("T")
 
 SPEC = AdapterSpec.of("bias", [TensorSpec("blocks.0.bias", (7,)), TensorSpec("head.weight", (3, 5))])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def zeros(spec: AdapterSpec = SPEC) -> Arrays:

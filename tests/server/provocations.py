@@ -22,7 +22,8 @@ from fedpeft_server.access import bounds
 from fedpeft_server.rpc import interceptors
 from fedpeft_server.timing import TIMING
 
-from .conftest import SPEC, RawClient, config, filled, free_port, zeros
+from ..ports import free_port
+from .conftest import SPEC, RawClient, config, filled, zeros
 from .provoked_world import World
 from .relayed_calls import RUN, make, sum_of, supply
 from .secured import Federation, federation

@@ -19,7 +19,8 @@ from fedpeft_server.store.store import Store
 from fedpeft_server.timing import TIMING
 from fedpeft_server.traffic import ByteCounter
 
-from .conftest import begin_life, free_port
+from ..ports import free_port
+from .conftest import begin_life
 from .secured import federation
 
 THREADS = ("database", "compute", "fold", "files", "versions", "reading", "metrics")

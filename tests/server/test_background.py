@@ -21,7 +21,8 @@ from fedpeft_server.runs.actor import RunActor
 from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.store.rows import Transition
 
-from .conftest import Daemon, config, filled, free_port
+from ..ports import free_port
+from .conftest import Daemon, config, filled
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

@@ -29,7 +29,8 @@ from fedpeft_operator.doctor.findings import Finding, Level, Setup
 from fedpeft_operator.doctor.server_state import NAMED
 from fedpeft_server.commands import init
 
-from .conftest import StartDaemon, free_port
+from ..ports import free_port
+from .conftest import StartDaemon
 from .secured import Federation
 
 pytestmark = pytest.mark.usefixtures("preloaded")

@@ -13,7 +13,8 @@ from fedpeft.adapters import payload
 from fedpeft.adapters.payload import CHUNK_BYTES
 from fedpeft.adapters.spec import AdapterSpec, TensorSpec
 
-from .conftest import Daemon, config, free_port, header, zeros
+from ..ports import free_port
+from .conftest import Daemon, config, header, zeros
 from .test_process import running
 
 MIB = 1024 * 1024

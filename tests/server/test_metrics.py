@@ -30,7 +30,8 @@ from fedpeft_server.runs.gauges import RunGauges
 from fedpeft_server.store.rows import ClientRow, RunState
 from fedpeft_server.timing import TIMING
 
-from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port, header
+from ..ports import free_port
+from .conftest import SPEC, Daemon, StartDaemon, config, filled, header
 from .rows import RUN, run_row
 from .test_process import running, scrape
 

@@ -25,7 +25,8 @@ from fedpeft_client.settings import Settings as ClientSettings
 from fedpeft_server.__main__ import COMMANDS
 from fedpeft_server.settings import Settings
 
-from .conftest import SPEC, Daemon, StartDaemon, config, filled, free_port, header
+from ..ports import free_port
+from .conftest import SPEC, Daemon, StartDaemon, config, filled, header
 
 LOWER = "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
 

@@ -21,7 +21,8 @@ from fedpeft_server.store.rows import Traffic
 from fedpeft_server.timing import TIMING
 from fedpeft_server.traffic import ByteCounter
 
-from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header, refused
+from ..ports import free_port
+from .conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, header, refused
 from .test_process import running
 
 SIZE = 4 * SPEC.parameters

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-import socket
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +24,7 @@ from fedpeft_client.owner.metrics import Metrics, State
 from fedpeft_client.owner.policy import Policy
 from fedpeft_client.timing import TIMING
 
+from ...ports import free_port
 from ..conftest import StartClient, tiny_run, until
 from ..federation import Federation
 
@@ -38,12 +38,6 @@ max_steps = 5
 [data]
 min_examples = 10
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def scraped(port: int) -> dict[str, float]:
@@ -120,7 +114,7 @@ async def test_a_ticket_that_cannot_be_booked_as_given_back_ends_the_client_with
     state.mkdir()
     (state / "policy.toml").write_text(POLICY)
     federation.run = tiny_run(rounds={"clients": 2})
-    federation.ask_for = TrainingConfig(steps=50, batch_size=4)
+    federation.ask_for = TrainingConfig(steps=5000, batch_size=4)  # so that no update is written meanwhile
     client = await start_client()
     await until(lambda: len(federation.awaited) >= 2, client.text)
     size = (state / "ledger.jsonl").stat().st_size

@@ -23,7 +23,8 @@ from fedpeft_server.store.connection import sqlite_file
 from fedpeft_server.store.migrations import scripts
 from fedpeft_server.store.store import state_prefix, version_key, version_prefix
 
-from ..conftest import StartDaemon, config, filled, free_port
+from ...ports import free_port
+from ..conftest import StartDaemon, config, filled
 from ..runs.test_rollback import hold
 from .test_backup import back_up, go_on, put_back
 from .test_check import checked, midway

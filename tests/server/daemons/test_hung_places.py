@@ -63,7 +63,7 @@ async def test_a_run_that_is_busy_keeps_no_other_from_its_clients(
 
     def slow(*arguments: Any) -> Any:
         begun.set()
-        goes_on.wait(20)
+        goes_on.wait(60)
         return go_back(*arguments)
 
     monkeypatch.setattr(engine, "go_back", slow)
@@ -72,15 +72,15 @@ async def test_a_run_that_is_busy_keeps_no_other_from_its_clients(
     await a.push((await task(a)).ticket, filled(1.0))
     await daemon.until(busy, lambda found: found.version == 1)
     goes_back = asyncio.ensure_future(daemon.operator.RollbackRun(op.RollbackRunRequest(run=busy, version=0)))
-    await asyncio.to_thread(begun.wait, 10)
+    await asyncio.to_thread(begun.wait, 20)
     waiting = asyncio.create_task(a.task())
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while "a" not in daemon.server.runs.matching.ready(busy):
                 await asyncio.sleep(0.01)
         other = (await daemon.create(config(rounds={"count": 1, "clients": 1}), request_id="other")).id
-        assert (await asyncio.wait_for(b.wait(other), 5)).training.run == other
+        assert (await asyncio.wait_for(b.wait(other), 20)).training.run == other
     finally:
         goes_on.set()
     await goes_back
-    assert (await asyncio.wait_for(waiting, 10)).version == 2, "and its own, once it is done"
+    assert (await asyncio.wait_for(waiting, 20)).version == 2, "and its own, once it is done"

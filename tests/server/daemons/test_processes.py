@@ -25,7 +25,8 @@ from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import Place
 from fedpeft_server.timing import TIMING
 
-from ..conftest import SPEC, Arrays, Daemon, RawClient, StartDaemon, config, free_port, header
+from ...ports import free_port
+from ..conftest import SPEC, Arrays, Daemon, RawClient, StartDaemon, config, header
 from ..test_process import running
 
 T = TypeVar("T")

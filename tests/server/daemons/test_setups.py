@@ -15,7 +15,8 @@ from fedpeft_server.settings import Settings
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.notices.notices import Notice, Topic
 
-from ..conftest import begin_life, config, filled, free_port
+from ...ports import free_port
+from ..conftest import begin_life, config, filled
 from .conftest import Federation, task
 
 

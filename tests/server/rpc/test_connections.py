@@ -20,7 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server.access import bounds
 
-from ..conftest import StartDaemon, config, free_port
+from ...ports import free_port
+from ..conftest import StartDaemon, config
 
 OPEN_FILES = 256
 

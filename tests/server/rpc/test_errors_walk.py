@@ -11,7 +11,8 @@ import pytest
 from fedpeft.api.operator_client import OperatorClient
 from fedpeft.rpc.status import from_rpc_error
 
-from ..conftest import StartDaemon, free_port
+from ...ports import free_port
+from ..conftest import StartDaemon
 from ..provocations import PROVOCATIONS
 from ..provoked_world import World
 

@@ -27,7 +27,8 @@ from fedpeft_server.runs import aggregation
 from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store.rows import RunState
 
-from ..conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, free_port, header
+from ...ports import free_port
+from ..conftest import SPEC, Daemon, RawClient, StartDaemon, config, filled, header
 from ..test_process import running
 from .two_servers import CONFIG, Cluster, Server, check
 

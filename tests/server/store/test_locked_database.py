@@ -22,7 +22,8 @@ from fedpeft_server import app
 from fedpeft_server.settings import Settings
 from fedpeft_server.timing import TIMING
 
-from ..conftest import StartDaemon, config, fault, filled, free_port
+from ...ports import free_port
+from ..conftest import StartDaemon, config, fault, filled
 
 HOLD = """
 import sqlite3, sys

@@ -15,7 +15,7 @@ from fedpeft.errors import FedpeftError, StateInvalid, StoreUnavailable
 from fedpeft_server.store.blobs import object_store
 from fedpeft_server.store.blobs.blobs import Blobs
 
-from ..conftest import free_port
+from ...ports import free_port
 from ..object_store import ACCESS
 
 KEY = "runs/run-1/versions/000001.safetensors"

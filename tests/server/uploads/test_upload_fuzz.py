@@ -21,7 +21,8 @@ from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2, tensor_pb2
 from fedpeft_server.settings import Settings
 
-from ..conftest import SPEC, Daemon, RawClient, begin_life, config, filled, free_port, header
+from ...ports import free_port
+from ..conftest import SPEC, Daemon, RawClient, begin_life, config, filled, header
 from .test_uploads import open_files
 
 MANIFEST, DATA = payload.encode(filled(1.0), SPEC.sent(1), "float32")
