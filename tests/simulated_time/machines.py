@@ -12,6 +12,7 @@ import ctypes
 import os
 import subprocess
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,15 @@ class Machine:
         context.run(LIFE.set, life)
         task = self._wire.loop.create_task(self._live(), context=context)
         self.graveyard.append(task)  # a task of a life that is over must not be collected: its `finally` would run
-        task.add_done_callback(self._ended, context=OUTSIDE)
+        task.add_done_callback(partial(self._ended, life), context=OUTSIDE)
 
     async def _live(self) -> None:
         await self._main(self.disk.path)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        assert self.life is not None
-        self.life.is_over = True
+    def _ended(self, life: Life, task: asyncio.Task[None]) -> None:
+        if life.is_over:  # killed in the instant in which it ended: who killed it has it started again
+            return
+        life.is_over = True
         error = None if task.cancelled() else task.exception()
         if isinstance(error, FedpeftError) and self.was_full:
             self.ends.append(f"{type(error).__name__}: {error}")
