@@ -274,11 +274,16 @@ async def begin_life(settings: Settings, timing: Timing = TIMING) -> tuple[Parts
     await asyncio.wait({living, begun}, return_when=asyncio.FIRST_COMPLETED)
     if not begun.done():
         await living
-    parts = begun.result()
+    parts, told = begun.result(), False
 
     async def end() -> None:
+        """Ends it; raises the fault that it ends with, once."""
+        nonlocal told
         parts.stopping.set()
-        await living
+        await asyncio.wait({living})
+        if not told:
+            told = True
+            living.result()
 
     return parts, end
 

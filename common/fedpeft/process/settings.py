@@ -60,7 +60,7 @@ class ProcessSettings(BaseSettings):
         try:
             flags = cls._flags(arguments)
             path = flags().get("config") or os.environ.get(f"{cls._prefix()}CONFIG")
-            return cls(_cli_settings_source=flags, **(cls._load(Path(path)) if path else {}))
+            return cls(_cli_settings_source=flags, **(cls.load(Path(path)) if path else {}))
         except ValidationError as error:
             raise SettingsInvalid("; ".join(cls._sentence(f) for f in error.errors(include_url=False))) from None
         except SettingsError as error:
@@ -99,8 +99,12 @@ class ProcessSettings(BaseSettings):
         return cls.model_config.get("env_prefix", "")
 
     @classmethod
-    def _load(cls, path: Path) -> dict[str, Any]:
-        """Returns the keys of a TOML settings file."""
+    def load(cls, path: Path) -> dict[str, Any]:
+        """Returns the keys of a TOML settings file.
+
+        Raises:
+            SettingsInvalid: If it cannot be read, is no TOML, or has a key that is no setting.
+        """
         try:
             data = text_files.toml(text_files.read(path))
         except OSError as error:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedpeft.errors import SettingsInvalid
 from fedpeft.process import flags
 from fedpeft_server.access.files import Files
 
-_SETTINGS = ("data_dir", "identity", "database")
-"""Settings of the server that the commands have too."""
+_PLACES: dict[str, Callable[[str], object]] = {"data_dir": Path, "identity": Path, "database": str}
+"""Settings of the server that the commands have too, and what each is made of its text."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -27,18 +27,23 @@ def add(parser: argparse.ArgumentParser) -> None:
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     """Returns the arguments of a command, completed by the server's settings file if one is named.
 
+    Of the file only the places count that the command asks for: the others of its settings may want certificates that
+    this command is to make.
+
     Raises:
-        SettingsInvalid: If that cannot be read, or a setting is wrong.
+        SettingsInvalid: If the file cannot be read, or a place in it is no text.
     """
     given = parser.parse_args(arguments)
     if given.config is not None:
         from fedpeft_server.settings import Settings  # only here: the commands start without its imports
 
-        named = {name: getattr(given, name, None) for name in _SETTINGS}
-        words = [f"--{name.replace('_', '-')}={value}" for name, value in named.items() if value]
-        settings = Settings.read([f"--config={given.config}", *words])
-        for name in named.keys() & vars(given).keys():
-            setattr(given, name, getattr(settings, name))
+        found = Settings.load(given.config)
+        for name, made in _PLACES.items():
+            value = found.get(name, "")
+            if not isinstance(value, str):
+                raise SettingsInvalid(f"--config {given.config}: {name} is {value!r}, and no text")
+            if value and hasattr(given, name) and not getattr(given, name):
+                setattr(given, name, made(value))
     return given
 
 

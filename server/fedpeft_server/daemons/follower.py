@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, Protocol
 
 import structlog
 
+from fedpeft.errors import DatabaseUnavailable, RunNotFound
 from fedpeft.identity.subject import Subject
 from fedpeft_server.access.admission import Admission
 from fedpeft_server.background import Background
 from fedpeft_server.daemons.presence import Presence
 from fedpeft_server.rpc.sessions import Sessions
+from fedpeft_server.runs.engine import RunEngine
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.store.notices.notices import Notice, Topic
 from fedpeft_server.store.rows import SERVER, AnswerRow, ClientRow, IdentityRow
@@ -31,6 +34,8 @@ log = structlog.get_logger()
 
 EVALUATOR = "evaluator"
 _PASSING = frozenset({Topic.HELLO, Topic.ALIVE, Topic.PROGRESS, Topic.SEATS, Topic.ALL_SEATS, Topic.BYE, Topic.SETUP})
+MOST_NAMED = 5
+"""Most runs that a message names."""
 SHARE = 1
 """Others' changes are taken up again after so many times as long as it took: this daemon has work of its own."""
 
@@ -123,12 +128,28 @@ class Follower:
 
     async def check_runs(self) -> None:
         """Looks at the revisions of the runs that go on."""
-        revisions = await self._store.transact(self._store.db.revisions, active=True)
-        await self._runs.follow_all(revisions, active=True)
+        await self._look_at_runs(active=True)
+
+    async def _look_at_runs(self, *, active: bool) -> None:
+        known = self._runs.revisions(active=active)
+        found = await self._store.transact(self._store.db.revisions, active=active)
+        lower = [run for run, revision in known.items() if found.get(run, revision) < revision]
+        engines = [engine for engine in map(self._runs.find, lower) if engine is not None]
+        went_back = [engine.run.id for engine in engines if await _pause_older(engine)]
+        if not went_back:
+            await self._runs.follow_all(found, active=active)
+        else:  # so may have clients, identities and all else that is known here
+            self._background.give_up(
+                DatabaseUnavailable(
+                    "the database is older than it was, and what this server knows of it is of no use any more: "
+                    f"{', '.join(went_back[:MOST_NAMED])} went back and, where rounds were going on, were paused; "
+                    "start it again"
+                )
+            )
 
     async def _follow_everything(self) -> None:
         db = self._store.db
-        await self._runs.follow_all(await self._store.transact(db.revisions, active=False), active=False)
+        await self._look_at_runs(active=False)
         await self._take_up_clients(await self._store.read(db.clients))
         answers, known = await self._store.read(db.answers), self._runs.participation.answer
         await self._take_up_answers([a for a in answers if not _is_same(known(a.run, a.client), a)])
@@ -217,6 +238,13 @@ class Follower:
         for run, removed in versions.items():
             self._runs.note_removed(run, removed)
             self._store.soon(self._store.download_cache.forget_versions, run, removed)  # waits for no fold
+
+
+async def _pause_older(engine: RunEngine) -> bool:
+    """Returns True if the database has an older state of a run than is known here; the run is paused then."""
+    with suppress(RunNotFound):  # it was deleted meanwhile
+        return await engine.actor.call(engine.actor.pause_older)
+    return False
 
 
 def _merged(notices: Sequence[Notice]) -> Iterator[tuple[Topic, list[Any]]]:

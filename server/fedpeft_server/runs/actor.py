@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from fedpeft.errors import DatabaseLocked, FedpeftError, RunNotFound
+from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, FedpeftError, RunNotFound
 from fedpeft.identity.audit import Detail
 from fedpeft.rounds.conduct import Conduct
 from fedpeft.rounds.events import (
@@ -166,6 +166,7 @@ class RunActor:
 
         Raises:
             RunNotFound: If it was deleted, though another run may have its id since.
+            DatabaseUnavailable: If the database has an older state; see `pause_older`.
         """
         if await self._store.transact(self._store.db.revision, self.run.id) == self.run.revision:
             return False
@@ -176,35 +177,37 @@ class RunActor:
         ((run, current),) = await self._store.transact(self._store.db.standings, self.run.id)
         if run.created_at != self.run.created_at:  # the part of a parent's run, which was made anew
             raise RunNotFound(f"{run.id} was deleted, and another run has its id since")
+        if run.revision < self.run.revision:
+            raise DatabaseUnavailable(f"the database has an older state of {self.run.id} than before; try again later")
         conducts = await self._store.transact(self._store.db.poor_conducts, self.run.id)
-        found = RunStatus(run.revision, run.state, run.reason, run.version, current)
-        if found.revision < self.run.revision:
-            try:
-                found = await self._pause_older(found)
-            except RevisionMoved:  # another server that saw it too was faster
-                return await self._reload()
-        else:
-            self._log.info("run changed by another server", revision=run.revision, round=current.number)
-        self._enter(found, conducts, here=False)
+        self._log.info("run changed by another server", revision=run.revision, round=current.number)
+        self._enter(RunStatus(run.revision, run.state, run.reason, run.version, current), conducts, here=False)
 
-    async def _pause_older(self, found: RunStatus) -> RunStatus:
-        """Pauses the run, of which the database has an older state than it had; returns what it has then.
+    async def pause_older(self) -> bool:
+        """Pauses the run in the database, in a command, if that has an older state of it than is known here.
+
+        What is known here stays what it was, and is of no use any more. Returns False if the state is not older.
 
         Raises:
-            RevisionMoved: If the run has changed meanwhile.
+            RunNotFound: If the run was deleted.
+            RevisionMoved: If it is changed at this moment.
         """
-        reason = (
-            f"the database is older than it was: it had version {self.run.version} of this run, and has version "
-            f"{found.version} (a standby that lagged, or a backup, in its place?); updates received and rounds "
-            "committed since are lost to it: bring the newer database back, or resume the run to go on without them"
-        )
-        self._log.error("run went back", reason=reason, revision=found.revision, before=self.run.revision)
-        event = Paused(reason)
-        if (changes := self.changes(found, event)) is None:  # paused, or over
-            return found
-        pause = Transition(changes, audit_events=_audit_events(changes, event, "", SERVER))
-        await self._store.transact(self._store.db.transit, pause)
-        return changes.after
+        ((run, current),) = await self._store.transact(self._store.db.standings, self.run.id)
+        if run.created_at != self.run.created_at or run.revision >= self.run.revision:
+            return False
+        if run.state is RunState.RUNNING:
+            reason = (
+                f"the database is older than it was: it had version {self.run.version} of this run at revision "
+                f"{self.run.revision}, and has version {run.version} at revision {run.revision} (a standby that "
+                "lagged, or a backup, in its place?); updates received and rounds committed since are lost to it: "
+                "bring the newer database back, or resume the run to go on without them"
+            )
+            event, status = Paused(reason), RunStatus(run.revision, run.state, run.reason, run.version, current)
+            if changes := self.changes(status, event):
+                pause = Transition(changes, audit_events=_audit_events(changes, event, "", SERVER))
+                await self._store.transact(self._store.db.transit, pause)
+                self._log.error("run paused", reason=reason)
+        return True
 
     def _enter(self, after: RunStatus, conducts: Mapping[str, Conduct], *, here: bool) -> None:
         before, self.round = self.status, after.round

@@ -53,7 +53,15 @@ from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.refusals import store_refusals
 from fedpeft_server.store.rows import SERVER, FoldInputs, LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
-from fedpeft_server.store.store import Store, file_key, state_file_key, state_prefix, sum_key, version_prefix
+from fedpeft_server.store.store import (
+    Store,
+    file_key,
+    state_file_key,
+    state_prefix,
+    sum_key,
+    version_files,
+    version_prefix,
+)
 from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
@@ -188,7 +196,7 @@ def _stored(version: VersionRow, store: Store, stack: ExitStack) -> tuple[Stored
     return Stored(path, version.sha256), Stored(state, version.state_sha256)
 
 
-def forget_other_draws(version: VersionRow, store: Store) -> None:
+def forget_uncommitted(version: VersionRow, store: Store) -> None:
     """Removes the files beside those of a version that is committed: of folds that came to others, and were not."""
     store.blobs.keep_only(file_key(version), version_prefix(version.run, version.version))
     if version.state_sha256:
@@ -321,9 +329,12 @@ class Folding:
                 result = await self._fold_round(folding)
                 try:
                     committed = await self._actor.call(lambda: self._commit(folding, result, began, epoch))
+                except RunNotFound:
+                    await self._undo(folding.number, result)
+                    raise
                 finally:
                     if result.version is not None and result.version.draw:
-                        forgetting = self.forget_other_draws(folding.number)
+                        forgetting = self.forget_uncommitted(folding.number)
                         self._background.watch("files", self._actor.tasks.start(forgetting))
         except RoundEmptied as emptied:
             await self._reopen(folding, Excluded(emptied.excluded), epoch)
@@ -335,7 +346,7 @@ class Folding:
             reason = str(spent)
             await self._actor.call(lambda: self._pause(folding, reason, epoch))
             return
-        except LeaseLost:
+        except (LeaseLost, RunNotFound):
             raise
         except Exception as error:
             await self._fail(folding, error, epoch)
@@ -343,11 +354,26 @@ class Folding:
         if committed:  # a step of its own: the next round may be there to fold before all files of this one are gone
             self._background.watch("files", self._actor.tasks.start(self.forget(folding)))
 
-    async def forget_other_draws(self, number: int) -> None:
+    async def forget_uncommitted(self, number: int) -> None:
         """Removes the files of folds of a round that were not committed, if one was."""
-        with self._background.attempt("files"), suppress(VersionNotFound):  # a run that was stopped made none
+        with self._background.attempt("files"), suppress(VersionNotFound, RunNotFound):  # it was stopped, or deleted
             version = await self._store.transact(self._store.db.version, self._actor.run.id, number)
-            await self._store.fold(forget_other_draws, version, self._store)
+            await self._store.fold(forget_uncommitted, version, self._store)
+
+    async def _undo(self, number: int, result: Result) -> None:
+        """Removes the files of a fold whose run was deleted meanwhile, with all its other files.
+
+        Those of an edge's run that was made anew with the same id stay: it may have come to the same.
+        """
+        run, made = self._actor.run.id, result.version
+        with suppress(RunNotFound):
+            await self._store.transact(self._store.db.revision, run)
+            return
+        keys = [sum_key(run, number, result.outcome.made.sha256)]
+        if made is not None:
+            keys = [each.key for each in version_files(made)]
+        with self._background.attempt("files"):
+            await self._store.fold(self._store.blobs.delete, keys)
 
     async def _fold_round(self, folding: Round) -> Result:
         db = self._store.db

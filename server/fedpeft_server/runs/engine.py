@@ -147,9 +147,9 @@ class RunEngine:
 
     async def start(self) -> None:
         """Takes up the run where the last process left it."""
-        makes_versions = policy_of(self.run.config.rounds).makes_versions
-        if not makes_versions or (round_privacy_of(self.run.config).central and self.run.version):
-            forgetting = self._folding.forget_other_draws(self.run.version)
+        may_differ = round_privacy_of(self.run.config).central or (self._store.db.is_shared and self.active)
+        if not policy_of(self.run.config.rounds).makes_versions or (may_differ and self.run.version):
+            forgetting = self._folding.forget_uncommitted(self.run.version)
             self._background.watch("files", self.tasks.start(forgetting))
         if self.actor.status.folds:
             self._log.info("aggregation resumed", round=self.round.number)
@@ -446,7 +446,7 @@ class RunEngine:
             self._round_log.entered(before.round, current, self._store.clock.time())
         else:  # of these clients alone it is not good
             conducts = {**dict.fromkeys(self._participation.conducts(run.id), conduct.GOOD), **conducts}
-            if before.round.number < current.number or follow.ended:
+            if before.round.number != current.number or follow.ended:
                 self._background.watch("files", self.tasks.start(self._folding.forget_here(before.round, current)))
         self._participation.put_conducts(run.id, conducts)
         if follow.committed:

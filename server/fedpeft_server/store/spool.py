@@ -117,16 +117,16 @@ class Spool:
             if known is None:
                 self._held[name["ticket"]] = _Held(path, name["digest"], name["kind"] == "update")
             elif known.whole:
-                path.unlink()
+                path.unlink(missing_ok=True)
             else:
-                known.path.unlink()
+                known.path.unlink(missing_ok=True)
                 self._held[name["ticket"]] = _Held(path, name["digest"], name["kind"] == "update")
 
     @staticmethod
     def _remove_leftover(path: Path) -> None:
         """Removes what describes an update that is not there any more."""
         if path.suffix == ".manifest-part" or (path.suffix == ".manifest" and not path.with_suffix(".update").exists()):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def tickets(self) -> list[str]:
         """Returns the tickets of which anything is held."""

@@ -456,10 +456,12 @@ def test_a_database_without_a_server_in_it_is_refused_before_anything_changes(tm
 
 
 def test_the_servers_settings_file_names_folder_and_database(tmp_path: Path) -> None:
-    made(tmp_path)
+    """Its other settings may want what these commands make: certificates, to be reached from elsewhere."""
     Database.open(f"sqlite:///{tmp_path}/server.db", TIMING).close()
     settings = tmp_path / "server.toml"
-    settings.write_text(f'data_dir = "{tmp_path}/data"\ndatabase = "sqlite:///{tmp_path}/server.db"\nmax_clients = 7\n')
+    places = f'data_dir = "{tmp_path}/data"\ndatabase = "sqlite:///{tmp_path}/server.db"\n'
+    settings.write_text(f'{places}listen = "0.0.0.0:7070"\n')
+    init.main(["--config", str(settings), "--operator", "ada", "--operator-identity", str(tmp_path / "me")])
     authority.main(["rotate", "--config", str(settings)])
     certificate_command.main(["show", "--config", str(settings), "--json"])
     with pytest.raises(SettingsInvalid, match="there is no such file; name the server's database"):
@@ -468,3 +470,6 @@ def test_the_servers_settings_file_names_folder_and_database(tmp_path: Path) -> 
     assert not Authorities.read(Files(tmp_path / "data" / "identity")).is_rotating
     with pytest.raises(SettingsInvalid, match=r"cannot read .*missing\.toml: No such file"):
         authority.main(["show", "--config", str(tmp_path / "missing.toml")])
+    settings.write_text("data_dir = 7\n")
+    with pytest.raises(SettingsInvalid, match=r"server\.toml: data_dir is 7, and no text"):
+        authority.main(["show", "--config", str(settings)])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from fedpeft.errors import DiskFull, RunNotFound, StoreUnavailable
 from fedpeft.rounds.state_machine import Phase, Round
@@ -211,6 +212,33 @@ async def test_a_run_that_is_deleted_as_its_round_is_to_be_folded_ends_no_daemon
     async with asyncio.timeout(5):
         await asyncio.wait([fold for fold in folds if fold], return_when=asyncio.FIRST_COMPLETED)
     assert deleted == [run]
+    await asyncio.gather(one.close(), two.close())
+
+
+async def test_a_fold_whose_run_is_deleted_as_it_is_stored_leaves_nothing(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, goes_on, put = threading.Event(), threading.Event(), Blobs.put
+
+    def stands_still(self: Blobs, key: str, *content: Any) -> Any:
+        if "versions/000001" in key:
+            begun.set()
+            goes_on.wait(60)
+        return put(self, key, *content)
+
+    monkeypatch.setattr(Blobs, "put", stands_still)
+    run, one, two = await folding_both(cluster)
+    await asyncio.to_thread(begun.wait, 20)
+    with capture_logs() as lines:
+        store = cluster.stores[0]
+        await asyncio.to_thread(store.forget_run, run, ())
+        await store.transact(store.db.delete_run, run)
+        goes_on.set()
+        folds = [server.engine._folding._task for server in (one, two)]  # the other one waits for the lease
+        async with asyncio.timeout(20):
+            await asyncio.wait([fold for fold in folds if fold], return_when=asyncio.FIRST_COMPLETED)
+    assert list(store.blobs.keys(f"runs/{run}")) == []
+    assert [line for line in lines if line["log_level"] == "error"] == []
     await asyncio.gather(one.close(), two.close())
 
 

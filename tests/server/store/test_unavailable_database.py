@@ -139,29 +139,41 @@ async def test_postgresql_that_fails_is_said_and_waited_for(
     await daemon.until(run.id, lambda r: r.version == 1)
 
 
-async def test_a_run_that_a_standby_has_an_older_state_of_is_paused_and_the_operator_told(
-    start: StartDaemon, postgresql: PostgreSQL
+async def test_runs_that_a_standby_has_an_older_state_of_are_paused_and_the_server_ends(
+    start: StartDaemon, postgresql: PostgreSQL, tmp_path: Path
 ) -> None:
-    daemon = await start(database=postgresql.url)
-    run = await daemon.create(config(rounds={"count": 3, "clients": 1}))
+    """Its versions of the newer database would be served with what is made of the older one."""
+    daemon = await start(tmp_path / "data", database=postgresql.url)
+    run = (await daemon.create(config(rounds={"count": 4, "clients": 1}))).id
+    over = (await daemon.create(config(rounds={"count": 1, "clients": 1}), request_id="over")).id
     (a,) = await daemon.clients("a")
-    await a.push((await a.task()).ticket, filled(1.0))
-    await daemon.until(run.id, lambda r: r.version == 1)
+    await a.push((await a.task(run)).ticket, filled(1.0))
+    await daemon.until(run, lambda r: r.version == 1)
     postgresql.copy()
     await until_health(daemon, well=True)
-    await a.push((await a.task()).ticket, filled(2.0))
-    before = await daemon.until(run.id, lambda r: r.version == 2)
+    await a.push((await a.task(run)).ticket, filled(2.0))
+    await daemon.until(run, lambda r: r.version == 2)
+    await a.pull(run, 2)
+    await daemon.operator.StopRun(op.StopRunRequest(run=over))
     with capture_logs() as lines:
         postgresql.fail_over()
-        paused = await daemon.until(run.id, lambda r: r.state == run_pb2.RUN_STATE_PAUSED)
-    assert (before.version, paused.version) == (2, 1)
-    assert re.search("older than .* version 2 .* version 1", paused.reason), paused.reason
-    assert [line["reason"] for line in lines if line["log_level"] == "error"] == [paused.reason]
+        async with asyncio.timeout(20):
+            await daemon.server.stopping.wait()
+    said = [line["message"] for line in lines if line["event"] == "the server shuts down"]
+    assert len(said) == 1 and run in said[0] and over in said[0]
+    with pytest.raises(DatabaseUnavailable, match=r"older than it was, .* start it again"):
+        await daemon.end()
+    daemon = await start(tmp_path / "data", database=postgresql.url)
+    paused = await daemon.run(run)
+    assert (paused.version, paused.state) == (1, run_pb2.RUN_STATE_PAUSED)
+    assert re.search("it had version 2 .* has version 1 at", paused.reason), paused.reason
     audit = await AccessServiceStub(daemon.channel).ListAuditEntries(ListAuditEntriesRequest())
-    assert [paused.reason in each.details for each in audit.entries if each.action == "run.paused"] == [True]
-    await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run.id))
-    await a.push((await a.task()).ticket, filled(2.0))
-    await daemon.until(run.id, lambda r: r.version == 2)
+    assert [paused.reason in each.details for each in audit.entries if each.object == run][-1]
+    await daemon.operator.ResumeRun(op.ResumeRunRequest(run=run))
+    (a,) = await daemon.clients("a")
+    await a.push((await a.task(run)).ticket, filled(7.0))
+    await daemon.until(run, lambda r: r.version == 2)
+    assert (await daemon.adapter(run, 2))["head.weight"].flat[0] == 8.0
 
 
 async def test_ended_connections_are_replaced(start: StartDaemon, postgresql: PostgreSQL) -> None:
