@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.engine import URL, ExceptionContext
+from sqlalchemy.engine import URL, ExceptionContext, ExecutionContext
 
+from fedpeft_server.store.queries.batches import batches
 from fedpeft_server.timing import Timing
 
 _PROBES = 3
+_ROWS = 1000
+"""Most rows for which statements go in one message."""
 _STATUS_S = 0.05
 """Pause between two looks at a transaction that is under way."""
 
@@ -56,6 +60,16 @@ def engine(url: URL, timing: Timing, *, idle_s: float, **options: Any) -> Engine
             if name not in str(url.query.get("options", "")):
                 connection.execute(f"SET {name} = {limit_ms}")
         connection.commit()
+
+    @event.listens_for(made, "do_executemany")
+    def _in_few_messages(cursor: Any, statement: str, rows: Sequence[Any], _: ExecutionContext) -> bool:
+        """Takes the place of psycopg's own way, a pipeline: in one PostgreSQL ends no transaction that stands still."""
+        from psycopg import ClientCursor  # only here: it is installed where PostgreSQL is used
+
+        with ClientCursor(cursor.connection) as whole:
+            for some in batches(rows, _ROWS):
+                whole.execute(";".join(whole.mogrify(statement, row) for row in some).encode())
+        return True
 
     @event.listens_for(made, "handle_error")
     def _replace(context: ExceptionContext) -> None:

@@ -6,11 +6,13 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import DBAPIError
 
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable
 from fedpeft_server.store.connection import connect
@@ -82,3 +84,71 @@ def test_a_url_decides_where_it_says_something(postgresql_url: str) -> None:
     engine.dispose()
     assert given["connect_timeout"] == "7" and given["tcp_user_timeout"] == "2000"
     assert shown == ["7s", "1s"]
+
+
+class Line:
+    """A line to PostgreSQL that passes so many bytes of the client's on once it is told to, and then none."""
+
+    def __init__(self, postgres: Path) -> None:
+        self._socket = str(postgres / ".s.PGSQL.5432")
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.left: int | None = None
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        self._client, _ = self._listener.accept()
+        with self._client as client, socket.socket(socket.AF_UNIX) as server:
+            server.connect(self._socket)
+            threading.Thread(target=self._back, args=(server, client), daemon=True).start()
+            with suppress(OSError):  # the server has hung up
+                while data := client.recv(4096):
+                    if self.left is not None:
+                        data, self.left = data[: self.left], max(0, self.left - len(data))
+                    server.sendall(data)
+
+    @staticmethod
+    def _back(server: socket.socket, client: socket.socket) -> None:
+        with suppress(OSError):  # the client has hung up
+            while data := server.recv(65536):
+                client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+        with suppress(OSError):
+            self._client.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("passed", [0, 100, 10_000])
+def test_a_server_that_stands_still_amid_many_rows_holds_no_lock(
+    postgres: Path, postgresql_url: str, passed: int
+) -> None:
+    """In a pipeline of psycopg's PostgreSQL ends no transaction, whatever its settings are."""
+    line, name = Line(postgres), make_url(postgresql_url).database
+    engine = connect(f"postgresql://postgres@127.0.0.1:{line.port}/{name}", SHORT)
+    other = connect(postgresql_url, SHORT)
+    rows = [{"number": number, "said": "it's 100 %, or \\ and :more"} for number in range(500)]
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE held (number integer, said text)"))
+        connection.execute(text("INSERT INTO held VALUES (:number, :said)"), rows)
+    with other.begin() as connection:
+        assert connection.execute(text("SELECT count(*), min(said) FROM held")).one() == (500, rows[0]["said"])
+
+    def stands_still() -> None:
+        with engine.begin() as connection:
+            connection.execute(text("LOCK TABLE held"))
+            line.left = passed
+            connection.execute(text("UPDATE held SET said = :said WHERE number = :number"), rows)
+
+    with ThreadPoolExecutor(1) as thread, closing(line):
+        standing = thread.submit(stands_still)
+        while line.left is None:
+            time.sleep(0.01)
+        time.sleep(SHORT.database_idle_s + 0.5)
+        with other.begin() as connection:
+            connection.execute(text("LOCK TABLE held"))
+        with pytest.raises(DBAPIError):
+            standing.result()
+    engine.dispose()
+    other.dispose()
