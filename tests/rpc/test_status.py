@@ -117,3 +117,9 @@ async def test_a_reason_that_no_server_should_send_is_harmless(read: Read, reaso
 async def test_the_status_of_a_proxy_is_none_of_the_server(read: Read, code: str, cls: type[FedpeftError]) -> None:
     found = await read(_status(grpc.StatusCode[code], "DISK_FULL", domain="proxy.example"))
     assert type(found) is cls and found.message.endswith("the sentence")
+
+
+async def test_a_call_that_a_proxy_breaks_off_has_a_hint_at_its_limits(read: Read) -> None:
+    broken = status_pb2.Status(code=grpc.StatusCode.INTERNAL.value[0], message="Stream removed (RST_STREAM, code 2)")
+    found = await read(broken)
+    assert type(found) is errors.Internal and "client_max_body_size" in found.message

@@ -8,14 +8,16 @@ import time
 from datetime import timedelta
 
 import sqlalchemy as sa
+from structlog.testing import capture_logs
 
+from fedpeft.errors import Unavailable
 from fedpeft.v1 import access_service_pb2 as access
 from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import run_pb2
 from fedpeft_server.store import tables
 from fedpeft_server.store.store import Store
 
-from .conftest import Daemon, config, filled
+from .conftest import Daemon, config, fault, filled
 from .secured import Federation
 
 AHEAD_S = 100_000.0
@@ -92,3 +94,27 @@ async def test_tokens_and_revocations_are_dated_by_it(secured: Federation) -> No
     written = await times(secured.server.store)
     for name in ("tokens.created_at", "identities.revoked_at"):
         assert began <= max(written[name]) < began + timedelta(minutes=1).total_seconds(), name
+
+
+async def test_a_machine_whose_clock_is_another_is_told_so_once(daemon: Daemon) -> None:
+    clock = daemon.server.store.clock
+
+    async def own() -> float:
+        return time.time()
+
+    with capture_logs() as lines:
+        for there in (_ahead, _ahead, own, _ahead):
+            await clock.set(there)
+    assert [(line["log_level"], line["seconds_behind"]) for line in lines] == [("warning", AHEAD_S)] * 2
+
+
+async def test_who_was_locked_out_in_the_future_of_this_machine_is_not_made_to_wait_for_it(secured: Federation) -> None:
+    """A daemon whose clock is right has revoked it; this one's is behind."""
+    await secured.server.store.clock.set(_ahead)
+    await secured.enroll(await secured.token("a"))
+    revoked = access.RevokeIdentityRequest(role=access.IDENTITY_ROLE_CLIENT, name="a", reason="stolen")
+    await secured.access().RevokeIdentity(revoked)
+    again = await secured.token("a")
+    told = await fault(secured.enroll(again))
+    assert isinstance(told, Unavailable)
+    assert re.search(r"client a was locked out .* 1\d{5} s ahead .* set the clock of the server", told.message)

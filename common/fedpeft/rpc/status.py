@@ -46,6 +46,10 @@ def to_status(error: FedpeftError) -> status_pb2.Status:
     return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=error.message, details=details)
 
 
+_BROKEN_OFF = "; if that repeats, a proxy between may take small requests only (client_max_body_size of nginx is 1 MB)"
+"""What stands behind a call that was broken off by something that gives no reason; a server of this project does."""
+
+
 def from_rpc_error(error: grpc.aio.AioRpcError) -> FedpeftError:
     """Returns the error that the server raised, as an instance of the same class.
 
@@ -73,7 +77,8 @@ def _found(error: grpc.aio.AioRpcError, message: str) -> FedpeftError:
     if status is None or info.domain != DOMAIN:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             return ServerUnreachable(f"the server cannot be reached: {message}")
-        return Internal(f"the call failed with {error.code().name}: {message}")
+        hint = _BROKEN_OFF if "RST_STREAM" in message else ""
+        return Internal(f"the call failed with {error.code().name}: {message}{hint}")
     fields = tuple((_said(v.field), _said(v.description)) for v in bad.field_violations)
     cls = errors.of_reason(info.reason, FedpeftError)
     known = cls is not FedpeftError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -25,15 +26,23 @@ def put_back(backup: Path, to: Path) -> Manifest:
     """
     found = manifest.read(backup)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise StateInvalid(
-            f"--data-dir {to} is not empty, and nothing is overwritten; move it away, or name a new folder"
-        )
+        raise _taken(to)
     folders.check_new("--data-dir", to, backup)
-    with durable.refusals(f"restoring {backup} to {to}"), durable.folder(to) as made:
-        made.chmod(0o700)
-        for path, copied in sorted(found.files.items()):
-            _put(backup / path, made / path, copied.sha256)
+    with durable.refusals(f"restoring {backup} to {to}"):
+        try:
+            with durable.folder(to) as made:
+                made.chmod(0o700)
+                for path, copied in sorted(found.files.items()):
+                    _put(backup / path, made / path, copied.sha256)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another restore was faster
+                raise _taken(to) from None
+            raise
     return found
+
+
+def _taken(to: Path) -> StateInvalid:
+    return StateInvalid(f"--data-dir {to} is not empty, and nothing is overwritten; move it away, or name a new folder")
 
 
 def _put(source: Path, target: Path, sha256: str) -> None:

@@ -41,6 +41,7 @@ from fedpeft_server.access import untrusted_text
 from fedpeft_server.access.admission import Admission
 from fedpeft_server.access.call import CALL, actor
 from fedpeft_server.access.certificates import ServerCertificates
+from fedpeft_server.clock import MOST_APART_S
 from fedpeft_server.rpc import pages
 from fedpeft_server.rpc.messages import audit_message, identity_message, token_message
 from fedpeft_server.rpc.sessions import Sessions
@@ -125,6 +126,11 @@ class Access(pb_grpc.AccessServiceServicer):
         made: list[x509.Certificate] = []
 
         def issue(subject: Subject, after: float) -> Issued:
+            if after - time.time() > MOST_APART_S:
+                raise Unavailable(
+                    f"{subject} was locked out at a time that is {after - time.time():.0f} s ahead of this server's "
+                    "clock, and a certificate must begin later: set the clock of the server's machine"
+                )
             if not made or made[0].not_valid_before_utc.timestamp() <= after:  # else the transaction is repeated
                 made[:] = [self._issue(authority, subject, key, after)]
             return _issued(made[0], authority)

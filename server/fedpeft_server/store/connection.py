@@ -256,7 +256,10 @@ def _fault(error: DBAPIError | sqlite3.Error, where: str, timing: Timing) -> Fed
     busy_s = timing.database_busy_s
     words, sqlstate = " ".join(str(cause).split()), getattr(cause, "sqlstate", "") or ""
     if sqlstate == postgresql.LOCKED:
-        return DatabaseLocked(f"database {where} was locked by another session for {busy_s:g} s; end that one")
+        return DatabaseLocked(
+            f"database {where} was locked by another session for {busy_s:g} s (another server that stands still, a "
+            "shell?); end that one"
+        )
     if sqlstate in postgresql.UNDONE:
         return DatabaseLocked(f"database {where} undid a transaction in favour of another session's ({words})")
     if cause is not None and not name and (fault := postgresql.fault(cause, sqlstate, words, timing.database_lost_s)):

@@ -16,7 +16,7 @@ from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
 from fedpeft_server.clock import DatabaseClock
 from fedpeft_server.store import postgresql
-from fedpeft_server.store.connection import readers, reading, shown, translated
+from fedpeft_server.store.connection import readers, reading, translated
 from fedpeft_server.store.notices.notices import Notices
 from fedpeft_server.store.queries import audit as audit_queries
 from fedpeft_server.store.rows import AuditEvent
@@ -24,6 +24,8 @@ from fedpeft_server.timing import Timing
 
 R = TypeVar("R")
 
+_WHERE = "of this server"
+"""Names the database in errors that callers are told: its place is nothing that sites should know."""
 READERS = 3
 """Connections for reading beside the one that writes."""
 
@@ -48,7 +50,6 @@ class Transactions:
         self.notices = Notices(engine.dialect.name)
         self.clock = DatabaseClock()
         self._timing = timing
-        self._where = shown(engine.url)
         # The newest entry, None where it must be read: before the first one, and after a failure, when what was
         # written is not known.
         self._head: AuditEntry | None = None
@@ -73,7 +74,7 @@ class Transactions:
             raise RuntimeError("a method that writes was called where only reading is possible; use `Store.transact`")
         before, is_complete, number = self._head, False, None
         try:
-            with translated(self._where, self._timing), self.engine.begin() as connection:
+            with translated(_WHERE, self._timing), self.engine.begin() as connection:
                 if once and not events and self.notices.are_heard:
                     number = postgresql.transaction_number(connection)
                 yield connection
@@ -100,7 +101,7 @@ class Transactions:
             DatabaseLocked: If another program lets nobody read.
             DatabaseUnavailable: If the database is corrupt or out of reach.
         """
-        with translated(self._where, self._timing):
+        with translated(_WHERE, self._timing):
             if self._snapshot is not None:
                 yield self._snapshot
                 return
@@ -131,7 +132,7 @@ class Transactions:
         return reading
 
     def _take_snapshot(self) -> Connection:
-        with translated(self._where, self._timing):
+        with translated(_WHERE, self._timing):
             connection = self.readers.connect()
             try:
                 connection.execute(text("SELECT id FROM runs LIMIT 1"))  # only a statement fixes what is seen
@@ -216,6 +217,6 @@ class Transactions:
         try:
             audit_queries.insert_entry(connection, entry)
         except IntegrityError:
-            text = f"entry {entry.number} of the audit log of {self._where} was written by another server meanwhile"
+            text = f"entry {entry.number} of the audit log was written by another server meanwhile"
             raise DatabaseLocked(text) from None
         self._head = entry

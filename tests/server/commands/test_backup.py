@@ -8,11 +8,12 @@ import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedpeft.errors import StateInvalid
-from fedpeft_server.backups import copying, manifest
+from fedpeft_server.backups import copying, manifest, restoring
 from fedpeft_server.backups.manifest import NAME
 from fedpeft_server.commands import backup, check, restore
 from fedpeft_server.store.store import version_key
@@ -158,6 +159,21 @@ class TestRefusals:
         assert tree(tmp_path / "data") == before
         with pytest.raises(StateInvalid, match="there is no such folder"):
             back_up(tmp_path / "nowhere", tmp_path / "other")
+
+    async def test_of_two_restores_into_one_folder_the_later_one_says_so(
+        self, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        put, to = restoring._put, tmp_path / "new"
+
+        def then_another(*facts: Any) -> None:
+            put(*facts)
+            to.mkdir(exist_ok=True)
+            (to / "fedpeft.db").touch()
+
+        monkeypatch.setattr(restoring, "_put", then_another)
+        with pytest.raises(StateInvalid, match="is not empty, and nothing is overwritten"):
+            put_back(copy, to)
+        assert [path.name for path in to.iterdir()] == ["fedpeft.db"]
 
     async def test_keys_stay_their_owners(self, copy: Path, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
