@@ -50,7 +50,7 @@ from fedpeft.errors import (
     VersionNotFound,
     VersionRemoved,
 )
-from fedpeft.process import tracing
+from fedpeft.process import durable, tracing
 from fedpeft.process.logs import Log
 from fedpeft.untrusted_text import MAX_REASON
 from fedpeft.v1 import federation_service_pb2 as pb
@@ -446,7 +446,7 @@ class Agent:
     def _named(self, error: FedpeftError | OSError) -> FedpeftError:
         if isinstance(error, FedpeftError):
             return error
-        return StateInvalid(f"cannot use state directory {self._directory.path}: {error.strerror or error}")
+        return StateInvalid(f"cannot use state directory {self._directory.path}: {durable.in_words(error)}")
 
 
 def registration(settings: Settings, hello: Answer) -> pb.RegisterRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft.errors import DiskFull, FedpeftError
 from fedpeft.process import durable
 
 
@@ -160,3 +162,14 @@ def test_a_link_stays_and_a_device_is_written_as_it_is(tmp_path: Path) -> None:
 def test_a_name_of_the_longest_length_is_written(tmp_path: Path) -> None:
     durable.write_text(tmp_path / ("é" * 127), "{}")
     assert os.listdir(tmp_path) == ["é" * 127]
+
+
+def test_what_a_file_system_refuses_is_said_with_what_to_do() -> None:
+    cures = {errno.ENOSPC: "free some space", errno.EROFS: "mount it for writing", errno.EACCES: "the permissions"}
+    for number, cure in cures.items():
+        with (
+            pytest.raises(FedpeftError, match=rf"^writing x failed: .*{cure}$") as caught,
+            durable.refusals("writing x"),
+        ):
+            raise OSError(number, os.strerror(number))
+        assert isinstance(caught.value, DiskFull) is (number == errno.ENOSPC)

@@ -62,7 +62,7 @@ class StateDirectory:
         try:
             durable.make_folder(path, 0o700)
         except OSError as error:
-            raise StateInvalid(f"cannot use state directory {path}: {error.strerror}") from None
+            raise StateInvalid(f"cannot use state directory {path}: {durable.in_words(error)}") from None
         with ExitStack() as held:
             words = f"state directory {path}", "fedpeft-client", "give each client a directory of its own"
             held.enter_context(locks.directory(path, *words))
@@ -110,7 +110,7 @@ class StateDirectory:
                     durable.write(path, secrets.token_hex(16).encode())
             instance = path.read_text("ascii", "replace").strip()
         except OSError as error:
-            raise StateInvalid(f"cannot use state directory {self.path}: {error}") from None
+            raise StateInvalid(f"cannot use state directory {self.path}: {durable.in_words(error)}") from None
         if not ids.INSTANCE.fullmatch(instance):
             raise StateInvalid(
                 f"{path} does not hold 32 hexadecimal digits; remove it and the server will see a new client"

@@ -25,7 +25,7 @@ from typing import Any, TextIO, cast
 import structlog
 
 from fedpeft.errors import FedpeftError, StateInvalid
-from fedpeft.process import logs
+from fedpeft.process import durable, logs
 from fedpeft.rpc import grpc_core
 
 Message = dict[str, Any]
@@ -85,7 +85,7 @@ class _Worker:
         except FedpeftError as error:
             self._send({"error": _error(error)})
         except OSError as error:
-            text = f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
+            text = f"cannot read or write {error.filename or 'a file'}: {durable.in_words(error)}"
             self._send({"error": _error(StateInvalid(text))})
         except Exception as error:  # CUDA may be unusable from here on: a fresh process is the only cure
             traceback.print_exc()

@@ -304,7 +304,15 @@ def refusals(what: str, refused: type[FedpeftError] = StateInvalid) -> Iterator[
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"{what} failed: there is no room left on its disk; free some space") from error
-        words = error.strerror or str(error)
-        raise refused(f"{what} failed: {words}; check its folder and the permissions") from error
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (DiskFull if is_full else refused)(f"{what} failed: {in_words(error)}") from error
+
+
+def in_words(error: OSError) -> str:
+    """Returns what the file system refused, and what to do."""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "there is no room left on its disk; free some space"
+        case errno.EROFS:
+            return "its file system is read-only; see the log of the kernel, and mount it for writing"
+    return f"{error.strerror or error}; check its folder and the permissions"

@@ -47,7 +47,7 @@ def to_status(error: FedpeftError) -> status_pb2.Status:
 
 
 _BROKEN_OFF = "; if that repeats, a proxy between may take small requests only (client_max_body_size of nginx is 1 MB)"
-"""What stands behind a call that was broken off by something that gives no reason; a server of this project does."""
+"""Stands behind a call that was broken off by something that gives no reason; a server of this project does."""
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> FedpeftError:

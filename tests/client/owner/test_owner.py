@@ -136,7 +136,8 @@ async def test_what_the_file_system_refuses_ends_the_client_with_a_sentence(
     (state / "runs").touch()
     client = await start_client()
     assert await client.ended() == 1
-    assert client.text[-1] == f"fedpeft-client: cannot use state directory {state}: Not a directory\n"
+    said = f"cannot use state directory {state}: Not a directory; check its folder and the permissions"
+    assert client.text[-1] == f"fedpeft-client: {said}\n"
 
 
 @pytest.mark.usefixtures("preloaded")
