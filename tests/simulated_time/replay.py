@@ -21,6 +21,7 @@ from fedpeft.rounds.record import Record, parse, verify_chain
 from fedpeft.rounds.state_machine import Phase, Round, advance
 from fedpeft.rounds.tickets import TicketState
 from fedpeft_server.store import stored
+from fedpeft_server.store.store import version_key
 
 
 def differences(data: Path, scratch: Path, opened: Callable[[], Any] | None = None) -> Iterator[str]:
@@ -44,7 +45,8 @@ def differences(data: Path, scratch: Path, opened: Callable[[], Any] | None = No
                 order.remove(ticket)
             else:
                 order.append(ticket)
-        files = dict(read.execute("select version, sha256 from versions"))
+        named = read.execute("select version, sha256, source, draw from versions")
+        files = {version: (sha256, version_key(run, version, *rest)) for version, sha256, *rest in named}
     try:
         verify_chain(texts)
     except FedpeftError as error:
@@ -82,17 +84,16 @@ def _by_the_order_of_receipt(
 
 
 def _to_the_bit(
-    data: Path, scratch: Path, header: RunHeader, records: list[Record], files: dict[int, str]
+    data: Path, scratch: Path, header: RunHeader, records: list[Record], files: dict[int, tuple[str, str]]
 ) -> Iterator[str]:
     """Yields differences between the versions and what the kept updates are folded to again."""
-    versions = data / "blobs" / "runs" / header.run / "versions"
     scratch.mkdir(exist_ok=True)
     replay = Replay(header, data / "spool", scratch, records)
     for record in records:
-        if files[record.round] != record.adapter_sha256:
+        if files[record.round][0] != record.adapter_sha256:
             yield f"version {record.round} is not what its record says"
         try:
-            replay.fold(record, versions / f"{record.round - 1:06}.safetensors")
+            replay.fold(record, data / "blobs" / files[record.round - 1][1])
         except FedpeftError as error:
             yield str(error)
             return
