@@ -259,6 +259,9 @@ class Folding:
         background: Watches over what no call waits for.
         round_log: Told of what was folded.
         timing: Pause before a fold that the database did not allow is tried again.
+
+    Attributes:
+        put_off: Reason for which the round could not be folded here when that was last tried; empty if it could.
     """
 
     def __init__(
@@ -271,6 +274,7 @@ class Folding:
         self._timing = timing
         self._lease = FoldLease(actor.run.id, store, timing)
         self._task: asyncio.Task[None] | None = None
+        self.put_off = ""
         self._due = False
         self._closing = False
         self._log = log.bind(run=actor.run.id)
@@ -304,12 +308,13 @@ class Folding:
                         await self._actor.call(self._actor.refresh)  # its last holder may have folded the round
                     if self._actor.status.folds:
                         await self._fold_and_commit(self._actor.round, epoch)
+                self.put_off = ""
             except LeaseLost:
-                self._due = True
+                self._due, self.put_off = True, ""
             except RunNotFound:  # another daemon has deleted it
                 return
             except (DatabaseUnavailable, DatabaseLocked, DiskFull, StoreUnavailable) as error:
-                self._due = True
+                self._due, self.put_off = True, error.message
                 self._log.error(
                     "the round cannot be aggregated yet", round=self._actor.round.number, message=error.message
                 )

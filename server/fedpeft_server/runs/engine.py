@@ -106,7 +106,7 @@ class RunEngine:
         self._timer: asyncio.TimerHandle | None = None
         self._log = log.bind(run=run.id)
         self._round_log = RoundLog(run.id, metrics)
-        self._folding = Folding(self.actor, store, background, self._round_log, timing)
+        self.folding = Folding(self.actor, store, background, self._round_log, timing)
         if self.active:  # nothing will be counted for the others, which stay for months
             metrics.begin(run.id)
         if not policy_of(run.config.rounds).one_version:
@@ -149,18 +149,18 @@ class RunEngine:
         """Takes up the run where the last process left it."""
         may_differ = round_privacy_of(self.run.config).central or (self._store.db.is_shared and self.active)
         if not policy_of(self.run.config.rounds).makes_versions or (may_differ and self.run.version):
-            forgetting = self._folding.forget_uncommitted(self.run.version)
+            forgetting = self.folding.forget_uncommitted(self.run.version)
             self._background.watch("files", self.tasks.start(forgetting))
         if self.actor.status.folds:
             self._log.info("aggregation resumed", round=self.round.number)
-            self._folding.begin()
+            self.folding.begin()
 
     async def close(self) -> None:
         """Lets an aggregation in progress finish and stops the clock."""
         self._disarm_timer()
-        self._folding.drain()
+        self.folding.drain()
         await self.tasks.wait()
-        await self._folding.idle()
+        await self.folding.idle()
         self._disarm_timer()
         await self.tasks.wait()  # the removal of a committed round's files is one
 
@@ -304,7 +304,7 @@ class RunEngine:
         if made := await self.actor.call(lambda: self.actor.advance(event, by=by)):
             self._metrics.rounds.labels(self.run.id, "stopped").inc()
             if made.changes.round.stopped:  # else it is committed, and what is kept of it stays
-                self._background.watch("files", self.tasks.start(self._folding.forget_stopped(made.changes.round)))
+                self._background.watch("files", self.tasks.start(self.folding.forget_stopped(made.changes.round)))
 
     @shielded
     async def readmit(self, client: str, by: str) -> None:
@@ -331,7 +331,7 @@ class RunEngine:
             VersionNotFound: If there is no such version, or it is the newest.
             VersionRemoved: If the retention has removed it.
         """
-        await self._folding.idle()  # its version comes before, as a rule
+        await self.folding.idle()  # its version comes before, as a rule
 
         async def decide(status: RunStatus) -> Transition | None:
             return await self._rolled_back(status, to, reason, by)
@@ -340,7 +340,7 @@ class RunEngine:
             number = made.changes.after.version
             self._metrics.rounds.labels(self.run.id, "rolled_back").inc()
             self._log.warning("run rolled back", to=to, version=number, reason=reason)
-            self._background.watch("files", self.tasks.start(self._folding.forget(made.changes.round)))
+            self._background.watch("files", self.tasks.start(self.folding.forget(made.changes.round)))
 
     async def check_supply(self, version: int) -> None:
         """Checks whether a version of the parent's server would be taken over, before it is received.
@@ -396,7 +396,7 @@ class RunEngine:
         self._log.info("version supplied", version=new.version)
         self._store.soon(self._store.forget_sums, self.run.id, new.version)
         if made.changes.round.stopped:
-            self._background.watch("files", self.tasks.start(self._folding.forget_stopped(made.changes.round)))
+            self._background.watch("files", self.tasks.start(self.folding.forget_stopped(made.changes.round)))
 
     @shielded
     async def differs(self, reason: str, by: str) -> None:
@@ -447,7 +447,7 @@ class RunEngine:
         else:  # of these clients alone it is not good
             conducts = {**dict.fromkeys(self._participation.conducts(run.id), conduct.GOOD), **conducts}
             if before.round.number != current.number or follow.ended:
-                self._background.watch("files", self.tasks.start(self._folding.forget_here(before.round, current)))
+                self._background.watch("files", self.tasks.start(self.folding.forget_here(before.round, current)))
         self._participation.put_conducts(run.id, conducts)
         if follow.committed:
             self._byte_counter.round_committed(run.id, run.version)
@@ -460,7 +460,7 @@ class RunEngine:
             for ticket in follow.issued:
                 (self._lobby.wake_sampled if here else self._lobby.wake)(ticket.client)
         if follow.fold:
-            self._folding.begin()
+            self.folding.begin()
         self._gauges.show(run, current)
         self._changed(self)
         if follow.ended:

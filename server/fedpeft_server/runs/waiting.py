@@ -55,7 +55,10 @@ def awaited(
             there += f"; in {duration(max(0.0, current.deadline - now))} the run is paused if no more come"
         return f"round {current.number} of {run.id} waits for clients: {there}{_others(declined, unanswered)}"
     if current.phase is Phase.AGGREGATING:
-        return f"round {current.number} of {run.id} is being folded"
+        put_off = (
+            f"; this server cannot yet, and tries again: {engine.folding.put_off}" if engine.folding.put_off else ""
+        )
+        return f"round {current.number} of {run.id} is being folded{put_off}"
     names = [f"{client} ({words})" for client, words in ill.items()]
     well = (t for t in current.tickets if t.state is TicketState.ISSUED and t.client not in ill)
     names += (_with_version(current, each) for each in islice(well, max(0, NAMED - len(names))))

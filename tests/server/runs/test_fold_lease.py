@@ -80,12 +80,12 @@ async def test_another_takes_over_from_one_that_does_not_prolong_its_lease(
     run, one, two = await folding_both(cluster)
     while not first:
         await asyncio.sleep(0.01)
-    holder, other = (one, two) if first[0] is one.engine._folding else (two, one)
+    holder, other = (one, two) if first[0] is one.engine.folding else (two, one)
     began = time.monotonic()
     await asyncio.wait_for(other.idle(), 5)
     assert cluster.database.run(run).version == 1 and time.monotonic() - began < 4
     if not returns:
-        holder.engine._folding._task.cancel()
+        holder.engine.folding._task.cancel()
     back.set()
     await holder.idle()
     assert cluster.database.run(run).version == 1
@@ -208,7 +208,7 @@ async def test_a_run_that_is_deleted_as_its_round_is_to_be_folded_ends_no_daemon
     monkeypatch.setattr(Database, "take_lease", then_deleted)
     run, one, two = await folding_both(cluster)
     both.set()
-    folds = [server.engine._folding._task for server in (one, two)]
+    folds = [server.engine.folding._task for server in (one, two)]
     async with asyncio.timeout(5):
         await asyncio.wait([fold for fold in folds if fold], return_when=asyncio.FIRST_COMPLETED)
     assert deleted == [run]
@@ -234,7 +234,7 @@ async def test_a_fold_whose_run_is_deleted_as_it_is_stored_leaves_nothing(
         await asyncio.to_thread(store.forget_run, run, ())
         await store.transact(store.db.delete_run, run)
         goes_on.set()
-        folds = [server.engine._folding._task for server in (one, two)]  # the other one waits for the lease
+        folds = [server.engine.folding._task for server in (one, two)]  # the other one waits for the lease
         async with asyncio.timeout(20):
             await asyncio.wait([fold for fold in folds if fold], return_when=asyncio.FIRST_COMPLETED)
     assert list(store.blobs.keys(f"runs/{run}")) == []

@@ -89,7 +89,7 @@ async def test_a_fold_that_finds_its_updates_removed_finds_that_it_is_done(
 
     async def late(self: aggregation.Folding, folding: Round) -> Any:
         begun.set()
-        await (done if self is two.engine._folding else known).wait()
+        await (done if self is two.engine.folding else known).wait()
         return await fold(self, folding)
 
     monkeypatch.setattr(aggregation.Folding, "_fold_round", late)

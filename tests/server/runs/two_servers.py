@@ -129,7 +129,7 @@ class Server:
     async def idle(self) -> None:
         """Waits until what follows from the last transitions is done."""
         for _ in range(3):
-            await self.engine._folding.idle()
+            await self.engine.folding.idle()
             await self.engine.actor.tasks.wait()
 
     async def close(self) -> None:

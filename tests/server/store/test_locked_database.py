@@ -6,9 +6,10 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -19,6 +20,7 @@ from fedpeft.errors import DatabaseLocked
 from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft_server import app
+from fedpeft_server.runs import aggregation
 from fedpeft_server.settings import Settings
 from fedpeft_server.timing import TIMING
 
@@ -77,6 +79,31 @@ async def test_reading_goes_on_and_writing_is_refused_until_the_lock_is_gone(sta
     await daemon.until(run.id, lambda r: r.version == 1)
     (done,) = await daemon.rounds(run.id)
     assert done.wire_bytes_down >= done.payload_bytes_down == len(data), "what could not be written was written later"
+
+
+@pytest.mark.timed(database_busy_s=0.3, fold_retry_s=0.05)
+async def test_a_fold_that_is_put_off_says_why(start: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon, fold = await start(), aggregation.aggregate
+    run = (await daemon.create(config(rounds={"count": 1, "clients": 1}))).id
+    (a,) = await daemon.clients("a")
+    task = await a.task()
+    with ExitStack() as held:
+        lock = locked(daemon.server.settings.data_dir, "IMMEDIATE")
+
+        def then_locked(*facts: Any) -> Any:
+            result = fold(*facts)
+            monkeypatch.undo()
+            held.enter_context(lock)
+            return result
+
+        monkeypatch.setattr(aggregation, "aggregate", then_locked)
+        await a.push(task.ticket, filled(1.0))
+        async with asyncio.timeout(10):
+            while "cannot yet" not in (reason := (await daemon.run(run)).reason):
+                await asyncio.sleep(0.02)
+    why = "this server cannot yet, and tries again: database of this server has been locked by another program"
+    assert reason.startswith(f"round 1 of {run} is being folded; {why}"), reason
+    await daemon.until(run, lambda r: r.version == 1)
 
 
 async def test_a_call_waits_for_a_lock_that_goes(start: StartDaemon) -> None:
