@@ -314,5 +314,5 @@ def in_words(error: OSError) -> str:
         case errno.ENOSPC | errno.EDQUOT:
             return "there is no room left on its disk; free some space"
         case errno.EROFS:
-            return "its file system is read-only; see the log of the kernel, and mount it for writing"
+            return f"{error.strerror}; see the kernel's log, and mount it for writing"
     return f"{error.strerror or error}; check its folder and the permissions"
