@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable, FedpeftError
 from fedpeft.identity import audit
@@ -126,9 +126,9 @@ class Transactions:
         try:
             reading = threads.submit(self._read_from, snapshot, method)
         except BaseException:
-            snapshot.close()
+            _close(snapshot)
             raise
-        reading.add_done_callback(lambda _: snapshot.close())
+        reading.add_done_callback(lambda _: _close(snapshot))
         return reading
 
     def _take_snapshot(self) -> Connection:
@@ -220,3 +220,9 @@ class Transactions:
             text = f"entry {entry.number} of the audit log was written by another server meanwhile"
             raise DatabaseLocked(text) from None
         self._head = entry
+
+
+def _close(snapshot: Connection) -> None:
+    """Closes a snapshot, after which nobody needs its connection."""
+    with suppress(DBAPIError):  # it was lost, which ends the transaction as well; the pool makes another
+        snapshot.close()
