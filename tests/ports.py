@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Iterator
 
-PORTS = range(20_000, 32_000)
-"""Below those that the kernel gives to connections: one of these stays free until its server takes it."""
+PORTS = range(20_000, 32_000, 2)
+"""Each with the next one, for enrolment. The kernel gives none of them to connections: they stay free until a server
+takes them."""
 
 
-def free_port() -> int:
-    """Returns a port that nobody listens on, nor on the next one, on which a server takes enrolments."""
+def free_ports() -> Iterator[int]:
+    """Yields ports that nobody listens on, nor on the next one of each."""
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
         try:
             for each in (port, port + 1):
                 socket.create_server(("127.0.0.1", each)).close()
         except OSError:
             continue
-        return port
-    raise RuntimeError(f"no port from {PORTS.start} to {PORTS.stop} is free")
+        yield port
+
+
+def free_port() -> int:
+    """Returns one of them."""
+    return next(free_ports())

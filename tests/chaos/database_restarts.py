@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 
 import grpc
 import numpy as np
+from ports import free_ports
 from server.conftest import SPEC, Daemon, RawClient, config, header
 
 from fedpeft.adapters import payload
@@ -38,7 +39,6 @@ from fedpeft_server.timing import TIMING
 
 from . import mains, processes, shared_places
 from .machines import Machine
-from .world import free_ports
 
 T = TypeVar("T")
 

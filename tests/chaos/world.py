@@ -23,12 +23,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ports import free_ports
 from simulated_time.machines import own_mounts
 
 from . import identities, mains, oracle, processes, proxy, shared_places
@@ -39,8 +40,6 @@ from .schedule import LINKS, POSTGRES, S3, Schedule
 from .shared_places import SharedPlaces
 
 LEAVES_S = 10.0
-PORTS = range(20_000, 32_000, 2)
-"""Each with the next one, for enrolment; none that the system gives to outgoing connections."""
 
 
 @dataclass
@@ -330,17 +329,6 @@ def asyncio_run(work: Any) -> int:
 
     asyncio.run(work)
     return 0
-
-
-def free_ports() -> Iterator[int]:
-    """Yields ports that nobody listens on."""
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        try:
-            for each in (port, port + 1):
-                socket.create_server(("127.0.0.1", each)).close()
-        except OSError:
-            continue
-        yield port
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ from fedpeft_server.store.database import Database
 from fedpeft_server.store.migrations import migrate
 from fedpeft_server.timing import TIMING, Timing
 
-from ..ports import free_port
 from .object_store import ACCESS, s3_server
 from .rows import run_row, version_row
 
@@ -301,6 +300,8 @@ async def start(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
     async with AsyncExitStack() as stack:
 
         async def begin(folder: Path | None = None, timing: Timing = usual, **settings: object) -> Daemon:
+            from ..ports import free_port  # only here: tests/chaos has this file as a module of another package
+
             port = free_port()
             values = {
                 "data_dir": folder or tmp_path / "data",

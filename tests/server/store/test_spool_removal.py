@@ -14,16 +14,6 @@ from fedpeft_server.store.spool import Spool
 from .test_store_spool import TICKET, files, send, update
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "spool"
-
-
-@pytest.fixture
-def spool(folder: Path) -> Spool:
-    return Spool(folder)
-
-
 class TestSweeping:
     def test_partial_uploads_go_where_whole_updates_are_kept(self, folder: Path) -> None:
         manifest, data = update()

@@ -56,16 +56,6 @@ def files(spool_folder: Path) -> list[str]:
     return sorted(p.suffix for p in spool_folder.iterdir())
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "spool"
-
-
-@pytest.fixture
-def spool(folder: Path) -> Spool:
-    return Spool(folder)
-
-
 class TestUploading:
     def test_what_was_sent_can_be_folded(self, spool: Spool, folder: Path) -> None:
         manifest, data = update()
