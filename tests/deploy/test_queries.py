@@ -12,6 +12,7 @@ from pathlib import Path
 from fedpeft.adapters import payload
 from fedpeft.v1 import federation_service_pb2 as fed
 
+from ..ports import free_port
 from ..server.conftest import (  # noqa: F401 (start is a fixture)
     SPEC,
     Daemon,
@@ -19,7 +20,6 @@ from ..server.conftest import (  # noqa: F401 (start is a fixture)
     StartDaemon,
     config,
     filled,
-    free_port,
     header,
     start,
 )
