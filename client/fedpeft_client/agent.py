@@ -33,6 +33,7 @@ from importlib.metadata import version as installed_version
 from fedpeft import PROTOCOL
 from fedpeft.codecs import codecs
 from fedpeft.errors import (
+    ClientIdInUse,
     ClientMoved,
     FedpeftError,
     IdentityInvalid,
@@ -196,10 +197,12 @@ class Agent:
         self._log.info("registered", server=self._settings.server, **facts, limits=limits)
 
     async def _on_good_terms(self, step: Callable[[], Awaitable[bool]]) -> bool:
-        """Takes a step; registers again if the server, since it was restarted, has not heard of this process."""
+        """Takes a step; registers again if the server does not know this process, or knows an older one as the last."""
         try:
             return await step()
-        except (NotRegistered, _NotAccepted) as error:
+        except (NotRegistered, _NotAccepted, ClientIdInUse) as error:
+            if isinstance(error, ClientIdInUse) and not await asyncio.to_thread(self._processes.earlier):
+                raise  # with no process before this one, it is a copy's
             why = "the server was restarted" if isinstance(error, NotRegistered) else str(error)
             self._log.info(f"{why}; registering again")
             await self._pace.nothing()

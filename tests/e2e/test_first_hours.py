@@ -146,18 +146,37 @@ async def test_a_kill_at_any_instant_of_a_start_is_no_move(secured: Federation, 
                 )
             )  # killed before the answer was noted
     await registered(secured, state)
-    assert len((state / processes.FILE).read_text().split()) == 1
+    kept = (state / processes.FILE).read_text().split()
+    assert len(kept) == len(set(kept)) == 5
 
 
-def test_processes_without_an_answer_are_kept_within_a_bound(tmp_path: Path) -> None:
+async def test_a_registration_that_arrives_late_shuts_no_later_process_out(secured: Federation, tmp_path: Path) -> None:
+    """As where a daemon stood still: the call of a killed process is served after that of the next one."""
+    state = await enrolled(secured, tmp_path / "state")
+    with StateDirectory(state) as directory:
+        instance = directory.instance
+    async with Channel(secured.address, "a", instance, at(secured, state)) as killed:
+        Processes(state, killed.process).registers()
+        await registered(secured, state)
+        await killed.register(fed.RegisterRequest(min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER))
+    await registered(secured, state)
+    assert killed.process in Processes(state, "f" * 32).earlier()
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_processes_are_kept_within_a_bound(answered: bool, tmp_path: Path) -> None:
     first = Processes(tmp_path, "a" * 32)
     first.registers()
     first.registered()
     for number in range(100):
-        Processes(tmp_path, f"{number:032x}").registers()
+        own = Processes(tmp_path, f"{number:032x}")
+        own.registers()
+        if answered:
+            own.registered()
     kept = Processes(tmp_path, "f" * 32).earlier()
     assert len(kept) == processes.MOST
-    assert kept[0] == "a" * 32 and kept[-1] == f"{99:032x}"
+    newest = [f"{number:032x}" for number in range(100 - processes.MOST, 100)]
+    assert kept == ([newest[-1], *newest[:-1]] if answered else ["a" * 32, *newest[1:]])
     (tmp_path / processes.FILE).write_text("damaged\n" + "b" * 32)
     assert Processes(tmp_path, "f" * 32).earlier() == ["b" * 32]
 

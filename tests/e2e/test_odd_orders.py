@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import shutil
 
+import grpc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from fedpeft.api.operator_client import OperatorClient
+from fedpeft.rpc import wire
+from fedpeft.v1 import federation_service_pb2 as fed
+from fedpeft.v1 import federation_service_pb2_grpc as fed_grpc
+from fedpeft_client.state import processes
 
 from ..run_files import TINY_MODEL
 from .conftest import Federation, Process, wait_for
@@ -125,3 +130,25 @@ def test_of_two_processes_on_copies_of_one_state_the_older_ends(federation: Fede
     assert "as happens on a copy of a state directory" in older.log.read_text().splitlines()[-1]
     federation.clients = [younger]
     federation.finish(federation.create())
+
+
+def test_a_client_goes_on_where_a_process_before_it_is_taken_for_the_last(federation: Federation) -> None:
+    """The call of one that was killed may be served late; a server cannot tell it from that of one that begins."""
+    federation.run_file.write_text(ONE_CLIENT)
+    federation.server()
+    killed = federation.client("alice")
+    wait_for(lambda: killed.events("registered"), "the first client")
+    federation.kill(killed)
+    state = federation.folder / "alice" / "state"
+    (before,) = (state / processes.FILE).read_text().split()
+    alice = federation.client("alice")
+    wait_for(lambda: alice.events("registered"), "the next one")
+    instance = (state / "instance").read_text().strip()
+    who = ((wire.CLIENT_KEY, "alice"), (wire.INSTANCE_KEY, instance), (wire.PROCESS_KEY, before))
+    with grpc.insecure_channel(f"127.0.0.1:{federation.port}") as channel:
+        request = fed.RegisterRequest(min_protocol=1, max_protocol=1, role=fed.CLIENT_ROLE_TRAINER)
+        fed_grpc.FederationServiceStub(channel).Register(request, metadata=who, timeout=30)
+    wait_for(lambda: len(alice.events("registered")) == 2, "its second registration")
+    run = federation.create()
+    federation.finish(run)
+    assert federation.show(run)["rounds"][0]["clients"] == ["alice"]

@@ -1,7 +1,8 @@
 """The processes that registered from a state directory: by them the server tells a state from a copy left behind.
 
-The file has the one whose registration was answered last, then those that asked after it and got no answer. So a
-process that is killed at any instant leaves a file that names the one the server knows as the last.
+The file has the one whose registration was answered last, then all others. A process that is killed at any instant so
+leaves a file that names the one the server knows as the last; also where that is an older one, whose call reached one
+of several daemons late.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fedpeft.process import durable
 
 FILE = "processes"
 MOST = 64
-"""Processes that are kept, and sent: the oldest without an answer goes first, the answered one last."""
+"""Processes that are kept, and sent: the oldest goes first, the one answered last never."""
 
 
 class Processes:
@@ -43,8 +44,9 @@ class Processes:
         Raises:
             StateInvalid: If that cannot be written.
         """
-        earlier = self.earlier()
-        self._write([*earlier[:1], *earlier[1:][-(MOST - 2) :], self._own])
+        kept = self._read()
+        if self._own not in kept:
+            self._write([*kept[:1], *kept[1:][-(MOST - 2) :], self._own])
 
     def registered(self) -> None:
         """Notes that the server answered.
@@ -52,7 +54,10 @@ class Processes:
         Raises:
             StateInvalid: If that cannot be written.
         """
-        self._write([self._own])
+        kept = self._read()
+        if kept[:1] != [self._own]:
+            others = [one for one in kept if one != self._own]
+            self._write([self._own, *others[1:], *others[:1]])
 
     def moved(self, error: ClientMoved) -> ClientMoved:
         """Returns the server's refusal with what may be done about it here."""
@@ -70,6 +75,5 @@ class Processes:
         return [line for line in lines if ids.INSTANCE.fullmatch(line)]
 
     def _write(self, processes: list[str]) -> None:
-        if processes != self._read():
-            with durable.refusals(f"writing {self._path}"):
-                durable.write(self._path, "".join(f"{one}\n" for one in processes).encode())
+        with durable.refusals(f"writing {self._path}"):
+            durable.write(self._path, "".join(f"{one}\n" for one in processes).encode())

@@ -145,8 +145,8 @@ class RegisterRequest(_message.Message):
     @_builtins.property
     def earlier_processes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the client's state knows of the processes (`fedpeft-process`) that registered from it before: the one whose
-        registration was answered last, then those that asked after it and had no answer. Kept with the state and written before
-        the call. If the server knows that another process of the same instance registered last, a copy of the state has gone on
+        registration was answered last, then all others that it keeps: the call of an older one may arrive late. Kept with the
+        state and written before the call. If the server knows that another process of the same instance registered last, a copy of the state has gone on
         elsewhere and this one was left behind: CLIENT_MOVED. At most 64; a client that keeps none leaves it empty and is never
         refused for it.
         """
