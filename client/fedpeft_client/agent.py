@@ -326,7 +326,8 @@ class Agent:
                 await run_while_ticket_open(self._channel, task.ticket, permitted, steps, keeps_late=keeps)
 
         if failure := self._against(task) or await self._tried(task.run, train):
-            log.error("ticket is given up", cause=failure.local_text)
+            say = log.warning if failure.kind in _NOBODYS_FAULT else log.error
+            say("ticket is given up", cause=failure.local_text)
             self._metrics.tickets_given_up.labels(task.run, failure.kind).inc()
             if failure.kind in (RunFinished.reason, TicketNotFound.reason):
                 self._finished.look_soon()

@@ -39,7 +39,7 @@ async def run_while_ticket_open(
         keeps_late: False if what comes too late is of no use.
 
     Raises:
-        RunFinished: If the run was stopped.
+        RunFinished: If the run was stopped, or is complete.
         TicketNotFound: If the run was deleted, or the server was set up anew.
         TicketClosed: If the ticket was given back or refused, or if it is late and what is late is of no use.
         FedpeftError: Whatever else the server answers, or the work raises.
@@ -64,6 +64,6 @@ async def _until_ticket_closed(
                 continue
             raise
         if standing.run_finished:
-            raise RunFinished("the run was stopped; its training ends")
+            raise RunFinished("the run was stopped, or is complete; its training ends")
         if standing.state in closed:
             raise TicketClosed(f"the ticket is {run_pb2.TicketState.Name(standing.state)}; its training ends")

@@ -123,7 +123,8 @@ async def test_a_ticket_that_cannot_be_booked_as_given_back_ends_the_client_with
     federation.run.config = federation.run.config.model_copy(update={"rounds": enough})
     assert await client.ended() == 1
     assert "cannot write the ledger" in client.text[-1] and "nothing leaves this device without it" in client.text[-1]
-    assert client.events("ticket is given up") and not client.events("the ticket is gone already")
+    levels = [line["level"] for line in client.events("ticket is given up")]
+    assert levels == ["warning"] and not client.events("the ticket is gone already")
     assert not federation.withdrawn
 
 
