@@ -23,7 +23,14 @@ from .schedule import LINKS, Full, Line, Schedule, Unforced
 REFUSALS = ("Input/output error", "No space left on device", "ENOSPC", "no room", "disk I/O error")
 """Words of errors that a disk without room, or one that cannot be written, explains."""
 
-AWAY = ("cannot be reached", "the server stood still", "DATABASE_UNAVAILABLE", "STORE_UNAVAILABLE", "Generic S3 error")
+AWAY = (
+    "cannot be reached",
+    "is not reached",
+    "the server stood still",
+    "DATABASE_UNAVAILABLE",
+    "STORE_UNAVAILABLE",
+    "Generic S3 error",
+)
 """Words of errors that a database or a bucket out of reach explains, or a stop that outlasts a transaction's time."""
 
 
