@@ -183,6 +183,8 @@ class Machine:
             time.sleep(0.01)
         if self.pid is not None:
             self.ends.append((self.lives - 1, f"{self.name} did not end within {patience_s:.0f} s of SIGTERM"))
+            self.signal(processes.SAY_WHERE)
+            time.sleep(0.5)
             self.signal(signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.pid = None

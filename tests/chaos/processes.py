@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import shutil
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 
 SET_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of `prctl`."""
+SAY_WHERE = signal.SIGUSR2
+"""Has a process write into its log where its threads are."""
 
 
 def start(main: Callable[[], int | None], log: Path, keep: Collection[int] = ()) -> int:
@@ -32,6 +35,7 @@ def start(main: Callable[[], int | None], log: Path, keep: Collection[int] = ())
     try:
         die_with(parent)
         _take_streams(log, keep)
+        faulthandler.register(SAY_WHERE)
         code = main() or 0
         threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at the end of any process
     except SystemExit as end:
