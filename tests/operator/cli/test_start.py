@@ -166,7 +166,8 @@ def test_an_argument_that_is_not_utf8_is_named(arguments: list[str | bytes], whi
 
 
 SLEEPS = (
-    "import sys, tempfile, time\n"
+    "import signal, sys, tempfile, time\n"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # ignored where the tests themselves run under nohup
     "from fedpeft_operator import app\n"
     "def sleep(**_):\n"
     "    with tempfile.TemporaryDirectory(dir=sys.argv[1]):\n"
