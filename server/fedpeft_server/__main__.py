@@ -11,6 +11,7 @@ import gc
 import os
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 from fedpeft.errors import FedpeftError, IdentityInvalid, SettingsInvalid, StateInvalid
 from fedpeft.process import durable
@@ -19,6 +20,7 @@ from fedpeft.process.start import check_command, naming_arguments, note, to_the_
 from fedpeft.rpc import grpc_core
 from fedpeft.untrusted_text import print_anything
 from fedpeft_server.settings import Settings
+from fedpeft_server.tasks import leave_behind
 from fedpeft_server.timing import TIMING
 
 COMMANDS = {
@@ -67,13 +69,14 @@ def main() -> None:
         gc.set_threshold(*COLLECTED)
         keep_memory()
         asyncio.run(run(settings, TIMING))
+        leave_behind(0)
     except KeyboardInterrupt:  # before the daemon itself looks after its signals
         note("fedpeft-server: interrupted")
         sys.exit(130)
     except (SettingsInvalid, StateInvalid, IdentityInvalid) as error:
-        sys.exit(_fail(error, 2))
+        _fail(error, 2)
     except FedpeftError as error:
-        sys.exit(_fail(error, 1))
+        _fail(error, 1)
 
 
 def keep_memory() -> None:
@@ -95,9 +98,10 @@ def _settings(arguments: list[str]) -> Settings:
         raise
 
 
-def _fail(error: FedpeftError, code: int) -> int:
+def _fail(error: FedpeftError, code: int) -> NoReturn:
     note(f"fedpeft-server: {error.message}")
-    return code
+    leave_behind(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

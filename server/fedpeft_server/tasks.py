@@ -1,12 +1,18 @@
-"""Tasks that go to their end: they outlive the calls that began them.
+"""Tasks that go to their end, as they outlive the calls that began them; and threads that are left behind at the end.
 
 A call whose client disconnects is cancelled, and must not leave half a transition behind: what the database was told in
 the cancelled half would be unknown to the memory, and the other way round.
+
+A thread that asks an object store may wait for minutes. Python waits for it, as its pool is shut down and again as the
+interpreter ends; but what is durable by then is all that counts, as after a kill.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import threading
 from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -19,6 +25,9 @@ log = structlog.get_logger()
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+END_S = 5.0
+"""Time that threads have to end when the daemon does."""
 
 
 async def ended(work: asyncio.Future[R]) -> R:
@@ -76,6 +85,28 @@ def shielded(method: Method[S, P, R]) -> Method[S, P, R]:
         return await ended(self.tasks.start(method(self, *args, **kwargs)))
 
     return whole
+
+
+def end_within(seconds: float, end: Callable[[], None]) -> None:
+    """Ends threads; goes on without them, and says so, if that takes too long.
+
+    Args:
+        seconds: Time for it.
+        end: Waits for them.
+    """
+    ending = threading.Thread(target=end, name="end", daemon=True)
+    ending.start()
+    ending.join(seconds)
+    if ending.is_alive():
+        log.warning("a store or the database gives no answer; it is not waited for", seconds=seconds)
+
+
+def leave_behind(code: int) -> None:
+    """Ends the process at once, with an exit code, if there are threads that it would wait for."""
+    if any(not each.daemon and each is not threading.current_thread() for each in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _tell_failure(step: asyncio.Future[Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from threading import Event
@@ -13,6 +15,7 @@ from structlog.testing import capture_logs
 
 from fedpeft.errors import DiskFull, StateInvalid
 from fedpeft.v1 import operator_service_pb2 as op
+from fedpeft_server.store import store as store_module
 from fedpeft_server.store.blobs.integrity import Integrity
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.spool import Spool
@@ -54,6 +57,31 @@ async def test_a_transaction_that_fails_after_its_caller_left_is_said_once(
     said = [line for line in lines if line["event"] == LEFT]
     assert [line["log_level"] for line in said] == [level]
     assert unretrieved == []
+
+
+def test_the_end_does_not_wait_for_a_store_that_gives_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(store_module, "END_S", 0.2)
+    store, answered = Store(tmp_path / "data", "", "", keep_updates=False, timing=TIMING), Event()
+    asking = store._folds.submit(answered.wait, 30)
+    with capture_logs() as lines:
+        store.close()
+    assert [line["event"] for line in lines] == ["a store or the database gives no answer; it is not waited for"]
+    assert not asking.done()
+    answered.set()
+    assert asking.result(10)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_process_ends_though_a_thread_waits(waits: bool) -> None:
+    code = (
+        "import threading, time; from fedpeft_server.tasks import leave_behind; print('said'); "
+        f"threading.Thread(target=time.sleep, args=(300,), daemon={not waits}).start(); leave_behind(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3 if waits else 0, "said\n", "")
 
 
 async def _register(daemon: Daemon, client: RawClient, run: str) -> object:

@@ -30,7 +30,7 @@ from fedpeft_server.store.shared_transaction import SharedTransaction
 from fedpeft_server.store.spool import Spool
 from fedpeft_server.store.transactions import READERS
 from fedpeft_server.store.update_store import BucketUpdates, UpdateStore
-from fedpeft_server.tasks import ended, succeeded
+from fedpeft_server.tasks import END_S, end_within, ended, succeeded
 from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
@@ -376,6 +376,9 @@ class Store:
 
     def close(self) -> None:
         """Ends the threads, then the database."""
+        end_within(END_S, self._end)
+
+    def _end(self) -> None:
         self._folds.shutdown()
         self._pool.shutdown()
         self._versions.shutdown()
