@@ -37,7 +37,9 @@ class FederationServiceStub:
 
     The id is held by an instance while it has a call under way and for 30 seconds after its last one; other instances are
     refused with CLIENT_ID_IN_USE. Within an instance the process that called Register last holds it: a call of another
-    `fedpeft-process`, other than Register, is refused with the same reason, and that process should end.
+    `fedpeft-process`, other than Register, is refused with the same reason. That process should call Register once more if it has
+    `earlier_processes`: the call of one of these may have been served late; CLIENT_MOVED then says that a copy goes on, and
+    that process should end.
 
     Taking part is the client's decision. After each Register, AwaitRound offers it every run, at each call until it has
     answered with AnswerOffer. AwaitRound gives no ticket and no version to score of a run that the client did not accept,
@@ -166,7 +168,9 @@ class FederationServiceServicer:
 
     The id is held by an instance while it has a call under way and for 30 seconds after its last one; other instances are
     refused with CLIENT_ID_IN_USE. Within an instance the process that called Register last holds it: a call of another
-    `fedpeft-process`, other than Register, is refused with the same reason, and that process should end.
+    `fedpeft-process`, other than Register, is refused with the same reason. That process should call Register once more if it has
+    `earlier_processes`: the call of one of these may have been served late; CLIENT_MOVED then says that a copy goes on, and
+    that process should end.
 
     Taking part is the client's decision. After each Register, AwaitRound offers it every run, at each call until it has
     answered with AnswerOffer. AwaitRound gives no ticket and no version to score of a run that the client did not accept,
@@ -469,7 +473,9 @@ class FederationService:
 
     The id is held by an instance while it has a call under way and for 30 seconds after its last one; other instances are
     refused with CLIENT_ID_IN_USE. Within an instance the process that called Register last holds it: a call of another
-    `fedpeft-process`, other than Register, is refused with the same reason, and that process should end.
+    `fedpeft-process`, other than Register, is refused with the same reason. That process should call Register once more if it has
+    `earlier_processes`: the call of one of these may have been served late; CLIENT_MOVED then says that a copy goes on, and
+    that process should end.
 
     Taking part is the client's decision. After each Register, AwaitRound offers it every run, at each call until it has
     answered with AnswerOffer. AwaitRound gives no ticket and no version to score of a run that the client did not accept,
