@@ -71,10 +71,8 @@ def look(
     if not opened and not database.exists():
         return Found([*found.faults, "there is no database"])
     with closing(opened() if opened else read_only(database)) as read:
-        newest, draw = read.execute("select version, draw from versions order by version desc limit 1").fetchone() or (
-            0,
-            "",
-        )
+        last = read.execute("select version, draw from versions order by version desc limit 1").fetchone()
+        newest, draw = last or (0, "")
         found.faults += _uncounted(read, _receipts(lines))
         found.faults += _unbooked(read, data / "spool")
         if not any(isinstance(fault, Line) and fault.what == "repeat" for fault in schedule.faults):

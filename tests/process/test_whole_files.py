@@ -30,7 +30,7 @@ def partitioning(rows: Path, out: Path) -> subprocess.Popen[str]:
     """Starts a partition and returns once its first client is written, and what another left is gone."""
     before = set(os.listdir(out.parent))
     arguments = ["partition", str(rows), "--clients", str(CLIENTS), "--out", str(out)]
-    process = subprocess.Popen(  # which may be ignored, where the tests run in the background or under nohup
+    process = subprocess.Popen(  # the signals are ignored where the tests run in the background or under nohup
         [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
          "signal.signal(signal.SIGHUP, signal.SIG_DFL); from fedpeft_operator.app import main; main()", *arguments],
         stderr=subprocess.PIPE,

@@ -135,7 +135,7 @@ def test_gradients_of_a_pass_are_those_of_torch_func(tmp_path, data, method):
             if p.requires_grad:
                 truth = wanted[run.model.names[name]]
                 # sums of float32 that nearly cancel, as a norm's, differ by 7e-4 with the kernels of some processors
-                assert float((p.grad - truth).abs().max()) < 3e-3 * float(truth.abs().max()) + 1e-6, name
+                assert float((p.grad - truth).abs().max()) < 1e-3 * float(truth.abs().max()) + 1e-6, name
 
 
 @pytest.mark.parametrize(
