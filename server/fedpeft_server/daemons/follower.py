@@ -127,25 +127,37 @@ class Follower:
             await asyncio.sleep(min(self._timing.daemon_alive_s, SHARE * (time.monotonic() - began)))
 
     async def check_runs(self) -> None:
-        """Looks at the revisions of the runs that go on."""
+        """Looks at the revisions of the runs that go on, and whether the database is as new as it was."""
         await self._look_at_runs(active=True)
 
     async def _look_at_runs(self, *, active: bool) -> None:
-        known = self._runs.revisions(active=active)
         found = await self._store.transact(self._store.db.revisions, active=active)
-        lower = [run for run, revision in known.items() if found.get(run, revision) < revision]
-        engines = [engine for engine in map(self._runs.find, lower) if engine is not None]
-        went_back = [engine.run.id for engine in engines if await _pause_older(engine)]
-        if not went_back:
+        # A run may be over here, and go on in a database that is older than it was.
+        behind = [e for run, revision in found.items() if (e := self._runs.find(run)) and revision < e.run.revision]
+        are_older = await asyncio.gather(*map(self._pause_older, behind))
+        went_back = [engine.run.id for engine, is_older in zip(behind, are_older, strict=True) if is_older]
+        if went_back:
+            named = ", ".join(went_back[:MOST_NAMED])
+            self._give_up(f"{named} went back and, where rounds were going on, were paused")
+        elif await self._store.transact(self._store.db.transactions.went_back):
+            self._give_up("the newest entry of the audit log that this server has seen is not there any more")
+        else:
             await self._runs.follow_all(found, active=active)
-        else:  # so may have clients, identities and all else that is known here
-            self._background.give_up(
-                DatabaseUnavailable(
-                    "the database is older than it was, and what this server knows of it is of no use any more: "
-                    f"{', '.join(went_back[:MOST_NAMED])} went back and, where rounds were going on, were paused; "
-                    "start it again"
-                )
-            )
+
+    def _give_up(self, what: str) -> None:
+        """Has the server end because the database is older than it was; `what` says by what that is seen."""
+        known = "the database is older than it was, and what this server knows of it is of no use any more"
+        self._background.give_up(DatabaseUnavailable(f"{known}: {what}; start it again"))
+
+    async def _pause_older(self, engine: RunEngine) -> bool:
+        """Returns True if the database has an older state of a run than is known here; the run is paused then.
+
+        The commands of a run may wait for an object store: what could not be seen in `follow_run_s` is looked at again.
+        """
+        with suppress(RunNotFound, TimeoutError):  # it was deleted meanwhile
+            async with asyncio.timeout(self._timing.follow_run_s):
+                return await engine.actor.call(engine.actor.pause_older)
+        return False
 
     async def _follow_everything(self) -> None:
         db = self._store.db
@@ -238,13 +250,6 @@ class Follower:
         for run, removed in versions.items():
             self._runs.note_removed(run, removed)
             self._store.soon(self._store.download_cache.forget_versions, run, removed)  # waits for no fold
-
-
-async def _pause_older(engine: RunEngine) -> bool:
-    """Returns True if the database has an older state of a run than is known here; the run is paused then."""
-    with suppress(RunNotFound):  # it was deleted meanwhile
-        return await engine.actor.call(engine.actor.pause_older)
-    return False
 
 
 def _merged(notices: Sequence[Notice]) -> Iterator[tuple[Topic, list[Any]]]:

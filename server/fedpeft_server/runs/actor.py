@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -190,7 +191,6 @@ class RunActor:
 
         Raises:
             RunNotFound: If the run was deleted.
-            RevisionMoved: If it is changed at this moment.
         """
         ((run, current),) = await self._store.transact(self._store.db.standings, self.run.id)
         if run.created_at != self.run.created_at or run.revision >= self.run.revision:
@@ -204,9 +204,13 @@ class RunActor:
             )
             event, status = Paused(reason), RunStatus(run.revision, run.state, run.reason, run.version, current)
             if changes := self.changes(status, event):
-                pause = Transition(changes, audit_events=_audit_events(changes, event, "", SERVER))
-                await self._store.transact(self._store.db.transit, pause)
-                self._log.error("run paused", reason=reason)
+                # At a revision that other servers have not seen either, or they would take theirs for this one.
+                after = replace(changes.after, revision=self.run.revision + 1)
+                said = _audit_events(changes, event, "", SERVER)
+                with suppress(RevisionMoved):  # another server pauses it at this moment, or goes on with what there is
+                    paused = Transition(replace(changes, after=after), audit_events=said)
+                    await self._store.transact(self._store.db.transit, paused)
+                    self._log.error("run paused", reason=reason)
         return True
 
     def _enter(self, after: RunStatus, conducts: Mapping[str, Conduct], *, here: bool) -> None:

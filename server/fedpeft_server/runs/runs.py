@@ -232,10 +232,6 @@ class Runs:
                     await self.adopt(run_id)
                 await engine.close()
 
-    def revisions(self, *, active: bool) -> dict[str, int]:
-        """Returns the revisions of all runs, or of the active ones, as they are known here."""
-        return {run_id: e.run.revision for run_id, e in (self._active if active else self._engines).items()}
-
     async def follow_all(self, revisions: Mapping[str, int], *, active: bool) -> None:
         """Takes up what other daemons have made of all runs, or of the active ones; those are given by revision."""
         known = self._active if active else self._engines

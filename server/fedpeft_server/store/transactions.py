@@ -53,6 +53,7 @@ class Transactions:
         # The newest entry, None where it must be read: before the first one, and after a failure, when what was
         # written is not known.
         self._head: AuditEntry | None = None
+        self._seen: AuditEntry | None = None  # the newest that is known to have been there, for `went_back`
         self.unavailable = False
         self.readers = readers(engine, READERS, timing)
         self._reading = threading.local()
@@ -81,15 +82,16 @@ class Transactions:
                 for event in events:
                     self.append(connection, event)
                 is_complete = True
-            self.unavailable = False
         except BaseException as error:
             last, self._head = self._head, None
-            unavailable = isinstance(error, DatabaseUnavailable)
-            if is_complete and unavailable and self._is_made(None if last is before else last, number):
-                self._head, self.unavailable = last, False
-                return
-            self.unavailable = unavailable
-            raise
+            self.unavailable = isinstance(error, DatabaseUnavailable)
+            entry = None if last is before else last
+            if not (is_complete and self.unavailable and self._is_made(entry, number)):
+                raise
+            self._head = last
+        self.unavailable = False
+        if self._head is not before:
+            self._seen = self._head
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -171,6 +173,18 @@ class Transactions:
         """Returns the first so many entries of the audit log above a number, oldest first."""
         with self.read() as connection:
             return audit_queries.select_after(connection, number, most)
+
+    def went_back(self) -> bool:
+        """Returns True if the newest entry of the audit log that was written here, or seen by this method, is gone.
+
+        Entries are added and never changed, so the database is then older than it was.
+        """
+        with self.read() as connection:
+            seen = self._seen
+            if seen is not None and audit_queries.select_after(connection, seen.number - 1, 1) != [seen]:
+                return True
+            self._seen = audit_queries.select_last(connection)
+        return False
 
     def write(self, *events: AuditEvent) -> None:
         """Writes entries for what the database knows nothing else of."""

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from fedpeft.errors import RoundClosed, UpdateDiffers
+from fedpeft.rounds.events import Event
 from fedpeft.rounds.state_machine import Phase, Round
 from fedpeft.rounds.tickets import TicketState
+from fedpeft.rounds.transitions import Changes, RunStatus
 from fedpeft_server.runs import aggregation
 from fedpeft_server.sharing.fold_lease import FoldLease
-from fedpeft_server.store.rows import (
-    RunState,
-)
+from fedpeft_server.store.rows import RunState, Transition
 
 from .two_servers import Cluster, Server, check, shown
 
@@ -175,3 +175,39 @@ async def test_nothing_is_refused_by_what_one_server_remembers(cluster: Cluster)
     assert (one.engine.run.version, one.engine.run.state) == (2, RunState.RUNNING)
     await asyncio.gather(one.close(), two.close())
     check(cluster.stores[0], run, [])
+
+
+async def test_two_servers_pause_a_run_at_once_that_went_back(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = (await cluster.create()).id
+    one = await Server.of(cluster.stores[0], run)
+    await one.offer("ab")
+    with cluster.database.transactions.begin() as connection:
+        connection.exec_driver_sql("UPDATE runs SET revision = revision - 1")
+    actor = one.engine.actor
+    changes, first = actor.changes, [True]
+
+    def late(status: RunStatus, *events: Event) -> Changes | None:
+        found = changes(status, *events)
+        if found and first and first.pop():
+            cluster.database.transit(Transition(found))  # as the other does at this moment
+        return found
+
+    monkeypatch.setattr(actor, "changes", late)
+    assert await actor.call(actor.pause_older) and not first
+    assert cluster.database.run(run).state is RunState.PAUSED
+    await one.close()
+
+
+async def test_a_run_that_went_back_by_one_step_is_paused_for_every_server(cluster: Cluster) -> None:
+    run = (await cluster.create()).id
+    one, two = [await Server.of(store, run) for store in cluster.stores]
+    await one.offer("ab")
+    await two.engine.refresh()
+    with cluster.database.transactions.begin() as connection:
+        connection.exec_driver_sql("UPDATE runs SET revision = revision - 1")
+    assert await one.engine.actor.call(one.engine.actor.pause_older)
+    await two.engine.refresh()
+    assert two.engine.run.state is RunState.PAUSED
+    await asyncio.gather(one.close(), two.close())
