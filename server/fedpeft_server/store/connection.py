@@ -209,7 +209,7 @@ def _check(engine: Engine, where: str) -> None:
             if connection.execute(text("PRAGMA journal_mode")).scalar() == "memory" or files == [""]:
                 raise StateInvalid(f"--database: {where} is in memory, and lost with the process; name a file")
         else:
-            connection.execute(text("SELECT 1"))
+            postgresql.check_encoding(connection, where)
 
 
 @contextmanager

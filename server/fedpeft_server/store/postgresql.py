@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, ExceptionContext, ExecutionContext
 
+from fedpeft.errors import StateInvalid
 from fedpeft_server.store.queries.batches import batches
 from fedpeft_server.timing import Timing
 
@@ -28,7 +29,7 @@ those of a row that refers to one which another session has deleted, or has adde
 
 
 def arguments(url: URL, timing: Timing) -> dict[str, Any]:
-    """Returns the arguments of a connection that bound its waits, but those that the URL has itself."""
+    """Returns the arguments of a connection: its letters, and bounds of its waits, but those that the URL has."""
     busy_s, lost_s = round(timing.database_busy_s), round(timing.database_lost_s)
     pause_s = max(1, lost_s // (2 * _PROBES))
     defaults = {
@@ -38,7 +39,8 @@ def arguments(url: URL, timing: Timing) -> dict[str, Any]:
         "keepalives_count": _PROBES,
         "tcp_user_timeout": _ms(timing.database_lost_s),
     }
-    return {name: value for name, value in defaults.items() if name not in url.query}
+    given = {name: value for name, value in defaults.items() if name not in url.query}
+    return given | {"client_encoding": "utf8"}  # which a variable, or a setting of the database, may say otherwise
 
 
 def engine(url: URL, timing: Timing, *, idle_s: float, **options: Any) -> Engine:
@@ -82,6 +84,20 @@ def engine(url: URL, timing: Timing, *, idle_s: float, **options: Any) -> Engine
 def _ms(seconds: float) -> int:
     """Returns a limit in milliseconds; PostgreSQL takes 0 for none."""
     return max(1, round(seconds * 1000))
+
+
+def check_encoding(connection: Connection, where: str) -> None:
+    """Refuses a database that cannot hold all letters: a name with one of the others would fail much later.
+
+    Raises:
+        StateInvalid: If it is one.
+    """
+    encoding = connection.execute(text("SHOW server_encoding")).scalar_one()
+    if encoding != "UTF8":
+        raise StateInvalid(
+            f"database {where} is encoded in {encoding}, which lacks most letters; make one with ENCODING 'UTF8' "
+            "(CREATE DATABASE ... TEMPLATE template0)"
+        )
 
 
 def unlimited(connection: Connection) -> None:
