@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import structlog
@@ -83,6 +83,19 @@ class Background:
                 await asyncio.sleep(seconds)
 
         return self.supervise(name, repeat())
+
+    async def until_done(
+        self, name: str, pause_s: float, step: Callable[[], Awaitable[None]], end: asyncio.Event
+    ) -> None:
+        """Takes a step, and after each pause again, until it succeeds or `end` is set."""
+        while True:
+            with self.attempt(name):
+                await step()
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await end.wait()
+                return
 
     @contextmanager
     def attempt(self, name: str, run: str = "") -> Iterator[None]:

@@ -260,8 +260,6 @@ class Folding:
         round_log: Told of what was folded.
         timing: Pause before a fold that the database did not allow is tried again.
 
-    Attributes:
-        put_off: Reason for which the round could not be folded here when that was last tried; empty if it could.
     """
 
     def __init__(
@@ -274,10 +272,16 @@ class Folding:
         self._timing = timing
         self._lease = FoldLease(actor.run.id, store, timing)
         self._task: asyncio.Task[None] | None = None
-        self.put_off = ""
+        self._put_off = 0, ""
         self._due = False
-        self._closing = False
+        self._closing = asyncio.Event()
         self._log = log.bind(run=actor.run.id)
+
+    @property
+    def put_off(self) -> str:
+        """Reason for which the round could not be folded here when that was last tried; empty if it could."""
+        number, reason = self._put_off
+        return reason if number == self._actor.round.number else ""
 
     def begin(self) -> None:
         """Begins the fold of the round in progress; one that is at work goes on with it."""
@@ -292,11 +296,11 @@ class Folding:
 
     def drain(self) -> None:
         """Lets a fold at work finish; no other begins, and one that the database did not allow is not tried again."""
-        self._closing = True
+        self._closing.set()
 
     async def _fold(self) -> None:
         """Folds the round and commits it, once the database can be used; folding it twice gives the same bits."""
-        while self._due and self._actor.status.folds and not self._closing:
+        while self._due and self._actor.status.folds and not self._closing.is_set():
             self._due = False
             try:
                 epoch = await self._lease.take()
@@ -308,16 +312,15 @@ class Folding:
                         await self._actor.call(self._actor.refresh)  # its last holder may have folded the round
                     if self._actor.status.folds:
                         await self._fold_and_commit(self._actor.round, epoch)
-                self.put_off = ""
+                self._put_off = 0, ""
             except LeaseLost:
-                self._due, self.put_off = True, ""
+                self._due, self._put_off = True, (0, "")
             except RunNotFound:  # another daemon has deleted it
                 return
             except (DatabaseUnavailable, DatabaseLocked, DiskFull, StoreUnavailable) as error:
-                self._due, self.put_off = True, error.message
-                self._log.error(
-                    "the round cannot be aggregated yet", round=self._actor.round.number, message=error.message
-                )
+                number = self._actor.round.number
+                self._due, self._put_off = True, (number, error.message)
+                self._log.error("the round cannot be aggregated yet", round=number, message=error.message)
                 await asyncio.sleep(self._timing.fold_retry_s)
 
     async def _fold_and_commit(self, folding: Round, epoch: int) -> None:
@@ -339,8 +342,7 @@ class Folding:
                     raise
                 finally:
                     if result.version is not None and result.version.draw:
-                        forgetting = self.forget_uncommitted(folding.number)
-                        self._background.watch("files", self._actor.tasks.start(forgetting))
+                        self.forget_uncommitted(folding.number)
         except RoundEmptied as emptied:
             await self._reopen(folding, Excluded(emptied.excluded), epoch)
             return
@@ -359,26 +361,28 @@ class Folding:
         if committed:  # a step of its own: the next round may be there to fold before all files of this one are gone
             self._background.watch("files", self._actor.tasks.start(self.forget(folding)))
 
-    async def forget_uncommitted(self, number: int) -> None:
-        """Removes the files of folds of a round that were not committed, if one was."""
-        with self._background.attempt("files"), suppress(VersionNotFound, RunNotFound):  # it was stopped, or deleted
-            version = await self._store.transact(self._store.db.version, self._actor.run.id, number)
-            await self._store.fold(forget_uncommitted, version, self._store)
+    def forget_uncommitted(self, number: int) -> None:
+        """Has the files of folds of a round removed that were not committed, if one was."""
+
+        async def forget() -> None:
+            with suppress(VersionNotFound, RunNotFound):  # it was stopped, or deleted
+                version = await self._store.transact(self._store.db.version, self._actor.run.id, number)
+                await self._store.fold(forget_uncommitted, version, self._store)
+
+        work = self._background.until_done("files", self._timing.files_retry_s, forget, self._closing)
+        self._background.watch("files", self._actor.tasks.start(work))
 
     async def _undo(self, number: int, result: Result) -> None:
-        """Removes the files of a fold whose run was deleted meanwhile, with all its other files.
-
-        Those of an edge's run that was made anew with the same id stay: it may have come to the same.
-        """
+        """Removes the files of a fold whose run was deleted meanwhile; one made anew may need the same."""
         run, made = self._actor.run.id, result.version
-        with suppress(RunNotFound):
-            await self._store.transact(self._store.db.revision, run)
-            return
         keys = [sum_key(run, number, result.outcome.made.sha256)]
         if made is not None:
             keys = [each.key for each in version_files(made)]
-        with self._background.attempt("files"):
-            await self._store.fold(self._store.blobs.delete, keys)
+        try:
+            if not await self._store.transact(self._store.db.states, [run]):
+                await self._store.fold(self._store.blobs.delete, keys)
+        except FedpeftError as error:  # nobody comes back to a run that is not there
+            self._log.error("files of a deleted run stay; remove them", files=keys, message=error.message)
 
     async def _fold_round(self, folding: Round) -> Result:
         db = self._store.db

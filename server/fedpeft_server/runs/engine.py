@@ -149,8 +149,7 @@ class RunEngine:
         """Takes up the run where the last process left it."""
         may_differ = round_privacy_of(self.run.config).central or (self._store.db.is_shared and self.active)
         if not policy_of(self.run.config.rounds).makes_versions or (may_differ and self.run.version):
-            forgetting = self.folding.forget_uncommitted(self.run.version)
-            self._background.watch("files", self.tasks.start(forgetting))
+            self.folding.forget_uncommitted(self.run.version)
         if self.actor.status.folds:
             self._log.info("aggregation resumed", round=self.round.number)
             self.folding.begin()

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from fedpeft.errors import DiskFull, RunNotFound, StoreUnavailable
+from fedpeft.errors import DatabaseUnavailable, DiskFull, RunNotFound, StoreUnavailable
 from fedpeft.rounds.state_machine import Phase, Round
-from fedpeft_server.runs import aggregation
+from fedpeft_server.runs import aggregation, waiting
 from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store import database
 from fedpeft_server.store.blobs.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rows import RunState
-from fedpeft_server.store.store import file_key, version_prefix
+from fedpeft_server.store.store import file_key, version_key, version_prefix
 from fedpeft_server.timing import TIMING
 
 from . import two_servers
@@ -281,6 +281,92 @@ async def test_a_fold_that_comes_late_does_not_write_over_the_version_that_was_c
     assert there == [file_key(stored)], "what was not committed is removed"
     (held,) = [each for each in two_servers.shown(cluster.stores[0], run) if each.record]
     assert {each.payload_sha256 for each in held.tickets if each.ticket.client == "b"} == {receipt}
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["goes on", "ends"])
+async def test_files_of_folds_that_came_to_nothing_are_removed_once_the_store_lets_that_be_done(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    monkeypatch.setattr(two_servers, "TIMING", replace(TIMING, files_retry_s=60.0 if ends else 0.05))
+    run, server = (await cluster.create()).id, None
+    blobs, keep, refused = cluster.stores[0].blobs, Blobs.keep_only, list[str]()
+    other = version_key(run, 1, draw="0" * 16)
+    blobs.put(other, b"of another fold")
+
+    def refuses(self: Blobs, key: str, beginning: str) -> None:
+        if len(refused) < 2 or ends:
+            refused.append(key)
+            raise StoreUnavailable("the bucket refuses")
+        keep(self, key, beginning)
+
+    monkeypatch.setattr(Blobs, "keep_only", refuses)
+    server = await Server.of(cluster.stores[0], run)
+    await server.offer("ab")
+    await server.receive("a", 1)
+    await server.receive("b", 1)
+    async with asyncio.timeout(20):
+        while (blobs.has(other) and not ends) or not refused:
+            await asyncio.sleep(0.01)
+    async with asyncio.timeout(5):
+        await server.close()
+    assert blobs.has(other) is ends and blobs.has(file_key(cluster.database.version(run, 1)))
+
+
+async def test_files_that_a_fold_of_a_deleted_run_leaves_are_named(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, states, deleted = Blobs.put, Database.states, list[str]()
+
+    def then_deleted(self: Blobs, key: str, *content: Any) -> Any:
+        put(self, key, *content)
+        if "versions/000001" in key:
+            cluster.database.delete_run(run)
+            deleted.append(key)
+
+    def away(self: Database, runs: list[str]) -> object:
+        if deleted:
+            raise DatabaseUnavailable("it is away")
+        return states(self, runs)
+
+    run = (await cluster.create()).id
+    server = await Server.of(cluster.stores[0], run)
+    monkeypatch.setattr(Blobs, "put", then_deleted)
+    await server.offer("ab")
+    await server.receive("a", 1)
+    with capture_logs() as lines:
+        await server.receive("b", 1)
+        monkeypatch.setattr(Database, "states", away)
+        async with asyncio.timeout(20):
+            while not deleted or not any("stay" in line["event"] for line in lines):
+                await asyncio.sleep(0.01)
+    (line,) = [line for line in lines if "stay" in line["event"]]
+    assert line["files"] == deleted and line["log_level"] == "error"
+    await server.close()
+
+
+async def test_why_a_round_could_not_be_folded_is_not_said_of_the_next_one(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another daemon folded it meanwhile."""
+    monkeypatch.setattr(two_servers, "TIMING", replace(TIMING, lease_s=0.2, lease_look_s=0.05, fold_retry_s=1.0))
+    fold = aggregation.Folding._fold_round
+
+    async def refused(self: aggregation.Folding, folding: Round) -> Any:
+        if self._store is cluster.stores[0]:
+            raise StoreUnavailable("the bucket refuses")
+        return await fold(self, folding)
+
+    monkeypatch.setattr(aggregation.Folding, "_fold_round", refused)
+    run, one, two = await folding_both(cluster)
+    async with asyncio.timeout(20):
+        while not one.engine.folding.put_off:
+            await asyncio.sleep(0.01)
+        assert "refuses" in waiting.awaited(one.engine, 0.0, 0)
+        while cluster.database.run(run).version != 1:
+            await asyncio.sleep(0.01)
+    await one.engine.refresh()
+    assert one.engine.round.number == 2 and one.engine.folding.put_off == ""
+    await asyncio.gather(one.close(), two.close())
 
 
 async def test_a_transaction_about_a_run_that_is_deleted_meanwhile_is_made_again(

@@ -47,7 +47,7 @@ def test_a_database_that_cannot_hold_all_letters_is_refused(postgresql_url: str)
         admin.execute(text(f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"))
     engine.dispose()
     latin1 = make_url(postgresql_url).set(database=name).render_as_string()
-    with pytest.raises(StateInvalid, match="is encoded in LATIN1, .* make one with ENCODING 'UTF8'"):
+    with pytest.raises(StateInvalid, match=r"is encoded in LATIN1, .* make one with ENCODING 'UTF8'"):
         Database.open(latin1, TIMING)
 
 
