@@ -18,6 +18,8 @@ class ChecksumMismatch(DataLoss):
 class BlobCorrupt(DataLoss):
     """A stored blob does not have its recorded digest."""
 
+    for_sites = "a file of the server is missing or is not what was stored; its operator is to restore it"
+
 
 class Unavailable(FedpeftError):
     """Not now; the same call may succeed later."""
@@ -32,6 +34,8 @@ class Draining(Unavailable):
 class DatabaseLocked(Unavailable):
     """Another program held a lock on the server's database for as long as a transaction waits for one."""
 
+    for_sites = "the server's database is locked for now; call again"
+
 
 class DatabaseUnavailable(Unavailable):
     """The server's database cannot be used for now; whether a transaction that it broke off was made may be unknown.
@@ -40,11 +44,14 @@ class DatabaseUnavailable(Unavailable):
         permanent: True if it stays so until somebody mends something: a file that is corrupt, or may not be written.
     """
 
+    for_sites = "the server's database cannot be used for now; call again, and tell its operator if that lasts"
     permanent: bool = False
 
 
 class StoreUnavailable(Unavailable):
     """A folder or object store of the server refuses to be read or written for now."""
+
+    for_sites = "a store of the server refuses for now; call again, and tell its operator if that lasts"
 
 
 class VersionBeingMade(Unavailable):

@@ -46,6 +46,8 @@ class AnswerTooLarge(ResourceExhausted):
 class DiskFull(ResourceExhausted):
     """There is no room to make the data durable."""
 
+    for_sites = "no room is left to make it durable; its operator is to free some"
+
 
 class Aborted(FedpeftError):
     """Nothing is wrong, but this call does not end it; ask where it stands and go on."""

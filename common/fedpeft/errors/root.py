@@ -25,6 +25,10 @@ class FedpeftError(Exception):
     retry_s: float | None = None
     """`RetryInfo.retry_delay` in seconds: nothing failed, the caller goes on after this pause; None: no such hint."""
 
+    for_sites: ClassVar[str] = ""
+    """Sentence that callers who do not operate the server are told where the message names its places; empty: the
+    message."""
+
     def __init__(self, message: str, fields: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
         self.message = message

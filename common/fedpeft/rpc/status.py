@@ -30,8 +30,8 @@ MAX_MESSAGE = 4096
 """Most characters of a server's sentence."""
 
 
-def to_status(error: FedpeftError) -> status_pb2.Status:
-    """Returns the rich status of an error of the tree."""
+def to_status(error: FedpeftError, *, for_operator: bool = True) -> status_pb2.Status:
+    """Returns the rich status of an error of the tree; others than operators are told no places of the server."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
     details = [_any(info)]
     if error.retry_s is not None:
@@ -43,7 +43,8 @@ def to_status(error: FedpeftError) -> status_pb2.Status:
             error_details_pb2.BadRequest.FieldViolation(field=field, description=text) for field, text in error.fields
         ]
         details.append(_any(error_details_pb2.BadRequest(field_violations=violations)))
-    return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=error.message, details=details)
+    message = error.message if for_operator else error.for_sites or error.message
+    return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=message, details=details)
 
 
 _BROKEN_OFF = "; if that repeats, a proxy between may take small requests only (client_max_body_size of nginx is 1 MB)"
@@ -110,7 +111,9 @@ def _any(message: Message) -> any_pb2.Any:
     return packed
 
 
-async def abort(context: grpc.aio.ServicerContext[object, object], error: FedpeftError) -> NoReturn:
-    """Ends a call on the server with the status of `error`."""
-    status = rpc_status.to_status(to_status(error))
+async def abort(
+    context: grpc.aio.ServicerContext[object, object], error: FedpeftError, *, for_operator: bool = True
+) -> NoReturn:
+    """Ends a call on the server with the status of `error`; see `to_status`."""
+    status = rpc_status.to_status(to_status(error, for_operator=for_operator))
     await context.abort(status.code, status.details, status.trailing_metadata)

@@ -68,6 +68,11 @@ class Party:
     role: Role | None
     name: str
 
+    @property
+    def operates(self) -> bool:
+        """True for who operates the server, or looks on: they are told of its places."""
+        return self.role in (Role.OPERATOR, Role.VIEWER)
+
     def __str__(self) -> str:
         """Names it in a message to itself."""
         return f"{self.role} {self.name}" if self.role else f"a device at {self.name}"

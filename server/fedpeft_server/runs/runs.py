@@ -389,13 +389,14 @@ class Runs:
         self.lobby.sort(client)
 
     def why(self, engine: RunEngine, *, for_operator: bool = False) -> str:
-        """Returns a sentence on what a run waits for; an operator is told of clients that hang or are slow, too."""
+        """Returns a sentence on what a run waits for; an operator is told more: which clients hang, and of places."""
         run, answers, now = engine.run.id, self.participation, self._store.clock.time()
         facts = engine, now, len(self.matching.ready(run)), answers.declined_by(run), answers.awaited(run)
         if not for_operator:
             return self._reasons.of(*facts)
         found = self.progress.awaited(engine, NAMED)
-        return awaited(*facts, {client: verdict.words for client, _, verdict in found if not verdict.is_well})
+        ill = {client: verdict.words for client, _, verdict in found if not verdict.is_well}
+        return awaited(*facts, ill, for_operator=True)
 
     def note_removed(self, run_id: str, versions: Collection[int]) -> None:
         """Notes that the files of versions are about to be removed: nobody is to score them any more."""

@@ -26,6 +26,8 @@ def awaited(
     declined: int = 0,
     unanswered: Sequence[str] = (),
     ill: Mapping[str, str] = _NOBODY,
+    *,
+    for_operator: bool = False,
 ) -> str:
     """Returns a sentence about a run.
 
@@ -37,6 +39,7 @@ def awaited(
         unanswered: Clients that have not answered its offer.
         ill: Of awaited clients that hang or are slow, what is known of them, those first that are worst; they are
             named before the others.
+        for_operator: True if it is told why a round cannot be folded, which may name places of the server.
     """
     run, current, config = engine.run, engine.round, engine.run.config.rounds
     if run.state is not RunState.RUNNING:
@@ -55,10 +58,10 @@ def awaited(
             there += f"; in {duration(max(0.0, current.deadline - now))} the run is paused if no more come"
         return f"round {current.number} of {run.id} waits for clients: {there}{_others(declined, unanswered)}"
     if current.phase is Phase.AGGREGATING:
-        put_off = (
-            f"; this server cannot yet, and tries again: {engine.folding.put_off}" if engine.folding.put_off else ""
-        )
-        return f"round {current.number} of {run.id} is being folded{put_off}"
+        put_off, text = engine.folding.put_off, f"round {current.number} of {run.id} is being folded"
+        if not put_off:
+            return text
+        return f"{text}; this server cannot yet, and tries again" + (f": {put_off}" if for_operator else "")
     names = [f"{client} ({words})" for client, words in ill.items()]
     well = (t for t in current.tickets if t.state is TicketState.ISSUED and t.client not in ill)
     names += (_with_version(current, each) for each in islice(well, max(0, NAMED - len(names))))

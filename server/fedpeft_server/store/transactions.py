@@ -16,7 +16,7 @@ from fedpeft.identity import audit
 from fedpeft.identity.audit import AuditEntry
 from fedpeft_server.clock import DatabaseClock
 from fedpeft_server.store import postgresql
-from fedpeft_server.store.connection import readers, reading, translated
+from fedpeft_server.store.connection import readers, reading, shown, translated
 from fedpeft_server.store.notices.notices import Notices
 from fedpeft_server.store.queries import audit as audit_queries
 from fedpeft_server.store.rows import AuditEvent
@@ -24,8 +24,6 @@ from fedpeft_server.timing import Timing
 
 R = TypeVar("R")
 
-_WHERE = "of this server"
-"""Names the database in errors that callers are told: its place is nothing that sites should know."""
 READERS = 3
 """Connections for reading beside the one that writes."""
 
@@ -49,6 +47,7 @@ class Transactions:
         self.engine = engine
         self.notices = Notices(engine.dialect.name)
         self.clock = DatabaseClock()
+        self._where = shown(engine.url)
         self._timing = timing
         # The newest entry, None where it must be read: before the first one, and after a failure, when what was
         # written is not known.
@@ -75,7 +74,7 @@ class Transactions:
             raise RuntimeError("a method that writes was called where only reading is possible; use `Store.transact`")
         before, is_complete, number = self._head, False, None
         try:
-            with translated(_WHERE, self._timing), self.engine.begin() as connection:
+            with translated(self._where, self._timing), self.engine.begin() as connection:
                 if once and not events and self.notices.are_heard:
                     number = postgresql.transaction_number(connection)
                 yield connection
@@ -103,7 +102,7 @@ class Transactions:
             DatabaseLocked: If another program lets nobody read.
             DatabaseUnavailable: If the database is corrupt or out of reach.
         """
-        with translated(_WHERE, self._timing):
+        with translated(self._where, self._timing):
             if self._snapshot is not None:
                 yield self._snapshot
                 return
@@ -134,7 +133,7 @@ class Transactions:
         return reading
 
     def _take_snapshot(self) -> Connection:
-        with translated(_WHERE, self._timing):
+        with translated(self._where, self._timing):
             connection = self.readers.connect()
             try:
                 connection.execute(text("SELECT id FROM runs LIMIT 1"))  # only a statement fixes what is seen

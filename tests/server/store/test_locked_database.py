@@ -65,10 +65,11 @@ async def test_reading_goes_on_and_writing_is_refused_until_the_lock_is_gone(sta
         assert (await a.task()).ticket == task.ticket
         _, data = await a.pull(run.id, 0)
         assert data
-        for call in (daemon.client("b").register(), a.push(task.ticket, filled(1.0)), daemon.create(request_id="2")):
-            error = await fault(call)
-            assert isinstance(error, DatabaseLocked), error
-            assert "has been locked by another program" in error.message
+        for call in (daemon.client("b").register(), a.push(task.ticket, filled(1.0))):
+            assert (await fault(call)).message == DatabaseLocked.for_sites
+        error = await fault(daemon.create(request_id="2"))
+        assert isinstance(error, DatabaseLocked), error
+        assert f"{folder}/fedpeft.db has been locked by another program" in error.message
         answer = await health_pb2_grpc.HealthStub(daemon.channel).Check(health_pb2.HealthCheckRequest())
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
         async with asyncio.timeout(10):
@@ -101,8 +102,11 @@ async def test_a_fold_that_is_put_off_says_why(start: StartDaemon, monkeypatch: 
         async with asyncio.timeout(10):
             while "cannot yet" not in (reason := (await daemon.run(run)).reason):
                 await asyncio.sleep(0.02)
-    why = "this server cannot yet, and tries again: database of this server has been locked by another program"
-    assert reason.startswith(f"round 1 of {run} is being folded; {why}"), reason
+        told_sites = daemon.server.runs.why(daemon.server.runs.get(run))
+    put_off = f"round 1 of {run} is being folded; this server cannot yet, and tries again"
+    database = f"database sqlite:///{daemon.server.settings.data_dir}/fedpeft.db has been locked by another program"
+    assert reason.startswith(f"{put_off}: {database}"), reason
+    assert told_sites == put_off
     await daemon.until(run, lambda r: r.version == 1)
 
 

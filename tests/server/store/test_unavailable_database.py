@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sqlalchemy import Engine, create_engine, make_url, text
 from structlog.testing import capture_logs
 
 from fedpeft.errors import DatabaseLocked, DatabaseUnavailable
-from fedpeft.rpc.status import from_rpc_error
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft.v1.access_service_pb2 import ListAuditEntriesRequest
@@ -25,7 +23,7 @@ from fedpeft_server.store import connection
 from fedpeft_server.store.database import Database
 from fedpeft_server.timing import TIMING
 
-from ..conftest import Daemon, StartDaemon, config, filled
+from ..conftest import Daemon, StartDaemon, config, fault, filled
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -96,13 +94,12 @@ def postgresql(postgresql_url: str, postgres: Path, tmp_path: Path) -> Iterator[
     admin.dispose()
 
 
-async def unavailable(call: Any) -> str:
-    """Returns the message of a call that is answered with DATABASE_UNAVAILABLE."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    error = from_rpc_error(caught.value)
-    assert isinstance(error, DatabaseUnavailable) and ":***@" not in error.message
+async def unavailable(daemon: Daemon, *calls: Any) -> str:
+    """Returns why calls of clients are answered with DATABASE_UNAVAILABLE, as an operator is told."""
+    for call in (*calls, daemon.client("b").register()):
+        assert (await fault(call)).message == DatabaseUnavailable.for_sites
+    error = await fault(daemon.create(request_id="another"))
+    assert isinstance(error, DatabaseUnavailable)
     return error.message
 
 
@@ -129,8 +126,7 @@ async def test_postgresql_that_fails_is_said_and_waited_for(
     (a,) = await daemon.clients("a")
     task = await a.task()
     break_it(postgresql)
-    assert re.search(sentence, await unavailable(a.push(task.ticket, filled(1.0))))
-    assert re.search(sentence, await unavailable(daemon.client("b").register()))
+    assert re.search(sentence, await unavailable(daemon, a.push(task.ticket, filled(1.0))))
     await until_health(daemon, well=False)
     postgresql.mend()
     await until_health(daemon, well=True)
@@ -276,5 +272,5 @@ async def test_sqlite_that_fails_is_said(start: StartDaemon, break_it: Callable[
     daemon = await start()
     await daemon.clients("a")
     await daemon.server.store.transact(break_it, daemon)
-    assert re.search(sentence, await unavailable(daemon.client("b").register()))
+    assert re.search(sentence, await unavailable(daemon))
     await until_health(daemon, well=False)
