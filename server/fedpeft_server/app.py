@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import resource
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from typing import Any, TypeVar
 
 import structlog
 from grpc_health.v1 import health_pb2
@@ -27,8 +28,14 @@ from fedpeft_server.upkeep import Upkeep
 
 log = structlog.get_logger()
 
+R = TypeVar("R")
+
 FEW_FILES = 1024
 """With a lower limit of open files the server warns at its start."""
+
+
+class EndedAtStart(Exception):
+    """The daemon was told to stop before it could serve."""
 
 
 async def run(settings: Settings, timing: Timing) -> None:
@@ -41,8 +48,9 @@ async def run(settings: Settings, timing: Timing) -> None:
     Raises:
         FedpeftError: As `serving`.
     """
-    async with serving(settings, timing) as parts:
-        await parts.stopping.wait()
+    with suppress(EndedAtStart):
+        async with serving(settings, timing) as parts:
+            await parts.stopping.wait()
 
 
 @asynccontextmanager
@@ -58,6 +66,7 @@ async def serving(settings: Settings, timing: Timing) -> AsyncIterator[Parts]:
     Raises:
         SettingsInvalid: If a port cannot be had, or another setting is wrong.
         StateInvalid: If data folder or database cannot be used, or another server holds one of them.
+        EndedAtStart: If it is told to stop before it has all parts.
         Internal: At the end, if background work could not go on.
     """
     stopping = asyncio.Event()
@@ -65,18 +74,34 @@ async def serving(settings: Settings, timing: Timing) -> AsyncIterator[Parts]:
     with _locked(settings), traces, _signals(stopping):
         async with AsyncExitStack() as stack:
             _allow_open_files()
-            parts = await build(settings, timing, stopping, stack)
+            parts = await _unless_ended(build(settings, timing, stopping, stack), stopping)
+            if parts is None:
+                log.info("stopped before it served")
+                raise EndedAtStart
             note_place(settings.data_dir, settings.database)  # which could be opened
             _end_with(stack, parts)
             try:
-                await _take_up(parts)
+                await _unless_ended(_take_up(parts), stopping)
             finally:  # also where that failed: gRPC frees a port only of a server that was started
                 await asyncio.gather(parts.ports.listening.start(), parts.ports.enrolling.start())
-            _say_serving(parts)
+            if not stopping.is_set():
+                _say_serving(parts)
             yield parts
         log.info("stopped")
     if parts.background.fault:
         raise parts.background.fault
+
+
+async def _unless_ended(work: Coroutine[Any, Any, R], stopping: asyncio.Event) -> R | None:
+    """Returns the result of work of the start, which may wait for a bucket; None as soon as the daemon is to end."""
+    working, ending = asyncio.create_task(work), asyncio.create_task(stopping.wait())
+    try:
+        await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        ending.cancel()
+        working.cancel()
+        await asyncio.wait({working})
 
 
 async def _take_up(parts: Parts) -> None:

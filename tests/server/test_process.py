@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -16,17 +18,21 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
+from structlog.testing import capture_logs
 
 from fedpeft.adapters import payload
 from fedpeft.errors import SettingsInvalid
 from fedpeft.process.start import check_command
 from fedpeft_client.commands.table import COMMANDS as CLIENT_COMMANDS
 from fedpeft_client.settings import Settings as ClientSettings
+from fedpeft_server import app
 from fedpeft_server.__main__ import COMMANDS
 from fedpeft_server.settings import Settings
+from fedpeft_server.timing import TIMING
 
 from ..ports import free_port
 from .conftest import SPEC, Daemon, StartDaemon, config, filled, header
+from .object_store import ACCESS
 
 LOWER = "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
 
@@ -200,6 +206,39 @@ def test_a_signal_ends_the_daemon_with_0(tmp_path: Path, number: signal.Signals)
     with running(tmp_path, "--metrics", "") as process:
         process.send_signal(number)
         assert process.wait(20) == 0
+
+
+def test_a_signal_ends_a_start_that_waits_for_a_bucket(tmp_path: Path) -> None:
+    """Each of its waits for one takes 10 seconds, or has no end."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        silent.settimeout(30)
+        starts = command(tmp_path, "--metrics", "", "--blobs", "s3://versions")
+        variables = {**os.environ, **ACCESS, "AWS_ENDPOINT": endpoint}
+        with subprocess.Popen(starts, stderr=subprocess.PIPE, text=True, env=variables) as process:
+            asked, _ = silent.accept()
+            process.terminate()
+            _, text = process.communicate(timeout=9)
+            asked.close()
+    assert process.returncode == 0 and "serving" not in text and "stopped before it served" in text, text
+
+
+async def test_a_signal_ends_a_start_that_takes_up_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = asyncio.Event()
+
+    async def hangs(*_: object) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(app, "tell_lost_versions", hangs)
+    flags = {"data_dir": tmp_path, "listen": f"127.0.0.1:{free_port()}", "metrics": ""}
+    with capture_logs() as lines:
+        life = asyncio.create_task(app.run(Settings.model_validate(flags), TIMING))
+        async with asyncio.timeout(20):
+            await begun.wait()
+            os.kill(os.getpid(), signal.SIGTERM)
+            await life
+    assert [line["event"] for line in lines if line["event"] in ("serving", "stopped")] == ["stopped"]
 
 
 def uploaded(folder: Path) -> bool:
