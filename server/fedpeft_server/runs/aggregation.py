@@ -259,7 +259,6 @@ class Folding:
         background: Watches over what no call waits for.
         round_log: Told of what was folded.
         timing: Pause before a fold that the database did not allow is tried again.
-
     """
 
     def __init__(
