@@ -172,3 +172,30 @@ def test_a_daemon_whose_matching_fails_ends_with_1(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1] == (
         "fedpeft-server: background work 'matching' failed: RuntimeError: unforeseen; the log has the details"
     )
+
+
+async def test_a_step_that_is_to_succeed_once_is_taken_until_it_does(background: Background) -> None:
+    taken = list[bool]()
+
+    async def step() -> None:
+        taken.append(background.healthy)
+        if len(taken) < 3:
+            raise DiskFull("no room")
+
+    async with asyncio.timeout(5):
+        await background.until_done("files", 0.01, step)
+    assert len(taken) == 3 and failures(background._metrics, "files") == 2
+
+
+async def test_no_end_waits_for_what_fails_until_then(background: Background, ended: list[bool]) -> None:
+    begun = asyncio.Event()
+
+    async def step() -> None:
+        begun.set()
+        raise DiskFull("no room")
+
+    background.until_done("files", 600.0, step)
+    async with asyncio.timeout(5):
+        await begun.wait()
+        await background.close()
+    assert not ended and background.fault is None

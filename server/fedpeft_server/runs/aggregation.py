@@ -273,7 +273,7 @@ class Folding:
         self._task: asyncio.Task[None] | None = None
         self._put_off = 0, ""
         self._due = False
-        self._closing = asyncio.Event()
+        self._closing = False
         self._log = log.bind(run=actor.run.id)
 
     @property
@@ -295,11 +295,11 @@ class Folding:
 
     def drain(self) -> None:
         """Lets a fold at work finish; no other begins, and one that the database did not allow is not tried again."""
-        self._closing.set()
+        self._closing = True
 
     async def _fold(self) -> None:
         """Folds the round and commits it, once the database can be used; folding it twice gives the same bits."""
-        while self._due and self._actor.status.folds and not self._closing.is_set():
+        while self._due and self._actor.status.folds and not self._closing:
             self._due = False
             try:
                 epoch = await self._lease.take()
@@ -368,8 +368,7 @@ class Folding:
                 version = await self._store.transact(self._store.db.version, self._actor.run.id, number)
                 await self._store.fold(forget_uncommitted, version, self._store)
 
-        work = self._background.until_done("files", self._timing.files_retry_s, forget, self._closing)
-        self._background.watch("files", self._actor.tasks.start(work))
+        self._background.until_done("files", self._timing.files_retry_s, forget)
 
     async def _undo(self, number: int, result: Result) -> None:
         """Removes the files of a fold whose run was deleted meanwhile; one made anew may need the same."""

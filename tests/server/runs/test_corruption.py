@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fedpeft.errors import BlobCorrupt
 from fedpeft.rounds.state_machine import ticket_id
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
@@ -165,7 +166,7 @@ class TestVersions:
         good = path.read_bytes()
         damage(path)
         error = await fault(alice.pull(run, 1))
-        assert error.reason == "BLOB_CORRUPT" and version_key(run, 1) in error.message
+        assert error.message == BlobCorrupt.for_sites
         found = await daemon.run(run)
         assert found.state == PAUSED
         assert (

@@ -361,7 +361,7 @@ async def test_why_a_round_could_not_be_folded_is_not_said_of_the_next_one(
     async with asyncio.timeout(20):
         while not one.engine.folding.put_off:
             await asyncio.sleep(0.01)
-        assert "refuses" in waiting.awaited(one.engine, 0.0, 0)
+        assert "refuses" in waiting.awaited(one.engine, 0.0, 0, for_operator=True)
         while cluster.database.run(run).version != 1:
             await asyncio.sleep(0.01)
     await one.engine.refresh()
