@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -250,7 +251,10 @@ def _metrics(settings: Settings) -> Metrics:
 
 async def _store(settings: Settings, timing: Timing, metrics: Metrics, stack: AsyncExitStack) -> Store:
     """Opens the store, which is closed with the stack."""
-    store = Store(
+    # A thread of its own: a database that gives no answer holds up neither the signals nor, in the end, the process.
+    opening = ThreadPoolExecutor(1, "opening")
+    opened = partial(
+        Store,
         settings.data_dir,
         settings.database,
         settings.blobs,
@@ -260,6 +264,9 @@ async def _store(settings: Settings, timing: Timing, metrics: Metrics, stack: As
         min_free_bytes=settings.min_free_bytes,
         tell=metrics.corrupt,
     )
+    opens = asyncio.get_running_loop().run_in_executor(opening, opened)
+    opening.shutdown(wait=False)
+    store = await opens
     stack.callback(store.close)
     for place, folder in store.room.folders.items():
         metrics.watch_disk(place, folder)

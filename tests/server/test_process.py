@@ -208,13 +208,15 @@ def test_a_signal_ends_the_daemon_with_0(tmp_path: Path, number: signal.Signals)
         assert process.wait(20) == 0
 
 
-def test_a_signal_ends_a_start_that_waits_for_a_bucket(tmp_path: Path) -> None:
-    """Each of its waits for one takes 10 seconds, or has no end."""
+@pytest.mark.parametrize("place", ["bucket", "database"])
+def test_a_signal_ends_a_start_that_gets_no_answer(tmp_path: Path, place: str) -> None:
+    """Each of its waits takes 10 seconds, or has no end."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
         silent.settimeout(30)
-        starts = command(tmp_path, "--metrics", "", "--blobs", "s3://versions")
-        variables = {**os.environ, **ACCESS, "AWS_ENDPOINT": endpoint}
+        variables = {**os.environ, **ACCESS, "AWS_ENDPOINT": f"http://{address}"}
+        flags = ["--blobs", "s3://versions"] if place == "bucket" else ["--database", f"postgresql://x@{address}/x"]
+        starts = command(tmp_path, "--metrics", "", *flags)
         with subprocess.Popen(starts, stderr=subprocess.PIPE, text=True, env=variables) as process:
             asked, _ = silent.accept()
             process.terminate()

@@ -63,7 +63,8 @@ def parse(url: str) -> URL:
 
 
 def shown(url: URL) -> str:
-    """Returns a URL as messages may show it."""
+    """Returns a URL as messages may show it: without secrets, and without the driver, which nobody names."""
+    url = url.set(drivername=url.get_backend_name())
     return url.difference_update_query(_SECRETS).render_as_string(hide_password=True)
 
 
