@@ -84,7 +84,9 @@ async def serving(settings: Settings, timing: Timing) -> AsyncIterator[Parts]:
                 await _unless_ended(_take_up(parts), stopping)
             finally:  # also where that failed: gRPC frees a port only of a server that was started
                 await asyncio.gather(parts.ports.listening.start(), parts.ports.enrolling.start())
-            if not stopping.is_set():
+            if stopping.is_set():
+                await _stop_servers(parts, 0.0)  # what was not taken up is not served
+            else:
                 _say_serving(parts)
             yield parts
         log.info("stopped")
@@ -137,18 +139,18 @@ def _end_with(stack: AsyncExitStack, parts: Parts) -> None:
 
     Waits for a round, a turn or news would hold the end up though nobody is at work.
     """
-    stack.push_async_callback(_stop_servers, parts)
+    stack.push_async_callback(_stop_servers, parts, parts.settings.drain_s)
     if parts.store.db.is_shared:
         stack.push_async_callback(parts.presence.leave)
-    for end_waits in (parts.downloads.close, parts.uploads.drain, parts.admission.drain, parts.runs.lobby.close):
+    for end_waits in (parts.downloads.close, parts.uploads.drain, parts.admission.drain, parts.runs.drain):
         stack.callback(end_waits)
     stack.push_async_callback(parts.health.set, "", health_pb2.HealthCheckResponse.NOT_SERVING)
     stack.callback(log.info, "draining", seconds=parts.settings.drain_s)
 
 
-async def _stop_servers(parts: Parts) -> None:
+async def _stop_servers(parts: Parts, seconds: float) -> None:
     servers = parts.ports.listening, parts.ports.enrolling
-    await asyncio.gather(*(server.stop(parts.settings.drain_s) for server in servers))
+    await asyncio.gather(*(server.stop(seconds) for server in servers))
 
 
 @contextmanager

@@ -1,13 +1,12 @@
 """Background work of the daemon, all of it supervised: a failure that no call would see is never silent.
 
-Everything that runs beside the calls is begun here, in one of four ways.
+Everything that runs beside the calls is begun here, in one of three ways.
 
-    supervise   must last as long as the daemon: one that ends ends the daemon, with an exit code other than 0
-    begin       ends by itself; a failure that it did not deal with ends the daemon likewise
-    every       a step that is repeated; a failed step is repeated too, and meanwhile health says NOT_SERVING if nobody
-                foresaw the failure (it is none of FedPEFT's errors: no full disk, no locked database), or the database
-                is out of reach
-    until_done  a step that is repeated while it fails
+    supervise  must last as long as the daemon: one that ends ends the daemon, with an exit code other than 0
+    begin      ends by itself; a failure that it did not deal with ends the daemon likewise
+    every      a step that is repeated; a failed step is repeated too, and meanwhile health says NOT_SERVING if nobody
+               foresaw the failure (it is none of FedPEFT's errors: no full disk, no locked database), or the database
+               is out of reach
 
 Every failure is in the log and in `fedpeft_background_failures_total`. Ending is right where work cannot go on: all
 that counts is durable, so a service manager that starts the daemon again loses nothing, while one that only seems to
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import structlog
@@ -51,7 +50,6 @@ class Background:
         self._failing: set[tuple[str, str]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._kept: set[asyncio.Task[Any]] = set()
-        self._closing = asyncio.Event()
 
     @property
     def healthy(self) -> bool:
@@ -85,21 +83,6 @@ class Background:
                 await asyncio.sleep(seconds)
 
         return self.supervise(name, repeat())
-
-    def until_done(self, name: str, pause_s: float, step: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
-        """Begins work that takes a step, and after each pause again, until it succeeds or the daemon ends."""
-
-        async def repeat() -> None:
-            while True:
-                with self.attempt(name):
-                    await step()
-                    return
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(pause_s):
-                        await self._closing.wait()
-                    return
-
-        return self.begin(name, repeat())
 
     @contextmanager
     def attempt(self, name: str, run: str = "") -> Iterator[None]:
@@ -157,11 +140,10 @@ class Background:
 
     async def close(self) -> None:
         """Ends what was kept, and waits until the rest has ended."""
-        self._closing.set()
         kept, self._kept = self._kept, set()
         for task in kept:
             task.cancel()
-        if self._tasks:
+        while self._tasks:  # one may begin another
             await asyncio.wait(self._tasks)  # `_done` says what failed
 
     def _done(self, task: asyncio.Task[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Removal of the files of adapter versions that the server's retention does not keep, in the background.
+"""Removal, in the background, of files of versions that the retention does not keep, or that were not committed.
 
 A version is marked in the database before its files go, so a server that is killed in between removes them after its
 next start; and they stay for a moment, for whoever was told of the version before.
@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 
 import structlog
 
+from fedpeft.errors import RunNotFound, VersionNotFound
 from fedpeft_server.background import Background
 from fedpeft_server.store.retention import RetentionPolicy
 from fedpeft_server.store.rows import SERVER, VersionRow
-from fedpeft_server.store.store import Store, version_files
+from fedpeft_server.store.store import (
+    Store,
+    file_key,
+    state_file_key,
+    state_prefix,
+    version_files,
+    version_prefix,
+)
+from fedpeft_server.tasks import TaskSet
 from fedpeft_server.timing import Timing
 
 log = structlog.get_logger()
@@ -96,6 +106,62 @@ class VersionRemoval:
 
     def _remove_files(self, rows: Sequence[VersionRow]) -> None:
         self._store.blobs.delete([key for row in rows for _, key, _ in version_files(row)])
+
+
+class UncommittedFiles:
+    """Removes the files of one run's folds that came to others than what was committed; tried again until they are.
+
+    Args:
+        run: The run's id.
+        tasks: Its tasks, which its end waits for.
+        store: Database and blobs.
+        background: Watches over the work.
+        timing: Pause before another attempt.
+    """
+
+    def __init__(self, run: str, tasks: TaskSet, store: Store, background: Background, timing: Timing) -> None:
+        self._run = run
+        self._tasks = tasks
+        self._store = store
+        self._background = background
+        self._timing = timing
+        self._numbers: set[int] = set()
+        self._later: asyncio.TimerHandle | None = None
+        self._draining = False
+
+    def remove(self, number: int) -> None:
+        """Has the files beside those of a version removed, once there is one of that number."""
+        self._numbers.add(number)
+        self._begin()
+
+    def drain(self) -> None:
+        """Has nothing tried again."""
+        self._draining = True
+        self._wait_no_more()
+
+    def _begin(self) -> None:
+        self._wait_no_more()
+        self._background.watch("files", self._tasks.start(self._remove_all()))
+
+    def _wait_no_more(self) -> None:
+        if self._later is not None:
+            self._later.cancel()
+
+    async def _remove_all(self) -> None:
+        with self._background.attempt("files", self._run):
+            for number in sorted(self._numbers):
+                with suppress(VersionNotFound, RunNotFound):  # its round was stopped, or the run deleted
+                    version = await self._store.transact(self._store.db.version, self._run, number)
+                    await self._store.fold(self._remove_beside, version)
+                self._numbers.discard(number)
+        if self._numbers and not self._draining:
+            self._wait_no_more()
+            self._later = asyncio.get_running_loop().call_later(self._timing.files_retry_s, self._begin)
+
+    def _remove_beside(self, version: VersionRow) -> None:
+        self._store.blobs.keep_only(file_key(version), version_prefix(version.run, version.version))
+        if version.state_sha256:
+            self._store.blobs.keep_only(state_file_key(version), state_prefix(version.run, version.version))
 
 
 class _Queue:

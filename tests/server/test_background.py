@@ -174,28 +174,18 @@ def test_a_daemon_whose_matching_fails_ends_with_1(tmp_path: Path) -> None:
     )
 
 
-async def test_a_step_that_is_to_succeed_once_is_taken_until_it_does(background: Background) -> None:
-    taken = list[bool]()
+async def test_the_end_waits_for_what_is_begun_meanwhile(background: Background) -> None:
+    done = list[str]()
 
-    async def step() -> None:
-        taken.append(background.healthy)
-        if len(taken) < 3:
-            raise DiskFull("no room")
+    async def last() -> None:
+        await asyncio.sleep(0.05)
+        done.append("last")
 
+    async def first() -> None:
+        await asyncio.sleep(0.05)
+        background.begin("files", last())
+
+    background.begin("fold", first())
     async with asyncio.timeout(5):
-        await background.until_done("files", 0.01, step)
-    assert len(taken) == 3 and failures(background._metrics, "files") == 2
-
-
-async def test_no_end_waits_for_what_fails_until_then(background: Background, ended: list[bool]) -> None:
-    begun = asyncio.Event()
-
-    async def step() -> None:
-        begun.set()
-        raise DiskFull("no room")
-
-    background.until_done("files", 600.0, step)
-    async with asyncio.timeout(5):
-        await begun.wait()
         await background.close()
-    assert not ended and background.fault is None
+    assert done == ["last"]

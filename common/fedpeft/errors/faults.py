@@ -34,7 +34,7 @@ class Draining(Unavailable):
 class DatabaseLocked(Unavailable):
     """Another program held a lock on the server's database for as long as a transaction waits for one."""
 
-    for_sites = "the server's database is locked for now; call again"
+    for_sites = "the server's database is busy with other changes for now; call again"
 
 
 class DatabaseUnavailable(Unavailable):

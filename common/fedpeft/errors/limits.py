@@ -46,7 +46,7 @@ class AnswerTooLarge(ResourceExhausted):
 class DiskFull(ResourceExhausted):
     """There is no room to make the data durable."""
 
-    for_sites = "no room is left to make it durable; its operator is to free some"
+    for_sites = "no room is left to store this; the server's operator is to free some"
 
 
 class Aborted(FedpeftError):

@@ -30,8 +30,8 @@ MAX_MESSAGE = 4096
 """Most characters of a server's sentence."""
 
 
-def to_status(error: FedpeftError, *, for_operator: bool = True) -> status_pb2.Status:
-    """Returns the rich status of an error of the tree; others than operators are told no places of the server."""
+def to_status(error: FedpeftError, *, names_places: bool = False) -> status_pb2.Status:
+    """Returns the rich status of an error of the tree, which names places of the server only where that is said."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)
     details = [_any(info)]
     if error.retry_s is not None:
@@ -43,7 +43,7 @@ def to_status(error: FedpeftError, *, for_operator: bool = True) -> status_pb2.S
             error_details_pb2.BadRequest.FieldViolation(field=field, description=text) for field, text in error.fields
         ]
         details.append(_any(error_details_pb2.BadRequest(field_violations=violations)))
-    message = error.message if for_operator else error.for_sites or error.message
+    message = error.message if names_places else error.for_sites or error.message
     return status_pb2.Status(code=code_pb2.Code.Value(error.status), message=message, details=details)
 
 
@@ -112,8 +112,8 @@ def _any(message: Message) -> any_pb2.Any:
 
 
 async def abort(
-    context: grpc.aio.ServicerContext[object, object], error: FedpeftError, *, for_operator: bool = True
+    context: grpc.aio.ServicerContext[object, object], error: FedpeftError, *, names_places: bool = False
 ) -> NoReturn:
     """Ends a call on the server with the status of `error`; see `to_status`."""
-    status = rpc_status.to_status(to_status(error, for_operator=for_operator))
+    status = rpc_status.to_status(to_status(error, names_places=names_places))
     await context.abort(status.code, status.details, status.trailing_metadata)

@@ -69,8 +69,8 @@ class Party:
     name: str
 
     @property
-    def operates(self) -> bool:
-        """True for who operates the server, or looks on: they are told of its places."""
+    def sees_places(self) -> bool:
+        """True for who is told of folders, buckets and hosts of the server: who operates it, or looks on."""
         return self.role in (Role.OPERATOR, Role.VIEWER)
 
     def __str__(self) -> str:

@@ -34,8 +34,6 @@ log = structlog.get_logger()
 
 EVALUATOR = "evaluator"
 _PASSING = frozenset({Topic.HELLO, Topic.ALIVE, Topic.PROGRESS, Topic.SEATS, Topic.ALL_SEATS, Topic.BYE, Topic.SETUP})
-MOST_NAMED = 5
-"""Most runs that a message names."""
 SHARE = 1
 """Others' changes are taken up again after so many times as long as it took: this daemon has work of its own."""
 
@@ -118,7 +116,8 @@ class Follower:
                 if everything:
                     await self._follow_everything()
                 for topic, keys in _merged(notices):
-                    await self._handlers[topic](keys)
+                    if self._background.fault is None:
+                        await self._handlers[topic](keys)
                 done = True
             if not done:
                 self._everything = True
@@ -134,34 +133,37 @@ class Follower:
         found = await self._store.transact(self._store.db.revisions, active=active)
         # A run may be over here, and go on in a database that is older than it was.
         behind = [e for run, revision in found.items() if (e := self._runs.find(run)) and revision < e.run.revision]
-        are_older = await asyncio.gather(*map(self._pause_older, behind))
-        went_back = [engine.run.id for engine, is_older in zip(behind, are_older, strict=True) if is_older]
-        if went_back:
-            named = ", ".join(went_back[:MOST_NAMED])
-            self._give_up(f"{named} went back and, where rounds were going on, were paused")
-        elif await self._store.transact(self._store.db.transactions.went_back):
-            self._give_up("the newest entry of the audit log that this server has seen is not there any more")
-        else:
+        await asyncio.gather(*map(self._give_up_if_older, behind))
+        if await self._store.transact(self._store.db.transactions.went_back):
+            self._give_up("an entry of the audit log that it has seen is not there any more")
+        if self._background.fault is None:
             await self._runs.follow_all(found, active=active)
 
-    def _give_up(self, what: str) -> None:
-        """Has the server end because the database is older than it was; `what` says by what that is seen."""
-        known = "the database is older than it was, and what this server knows of it is of no use any more"
-        self._background.give_up(DatabaseUnavailable(f"{known}: {what}; start it again"))
+    async def _give_up_if_older(self, engine: RunEngine) -> None:
+        """Pauses a run that the database has an older state of than is known here, and has the server end.
 
-    async def _pause_older(self, engine: RunEngine) -> bool:
-        """Returns True if the database has an older state of a run than is known here; the run is paused then.
-
-        The commands of a run may wait for an object store: what could not be seen in `follow_run_s` is looked at again.
+        Its commands may wait for an object store; this one comes to its turn though nobody waits for it any more.
         """
+
+        async def look() -> None:
+            if await engine.actor.pause_older():
+                self._give_up(f"{engine.run.id} went back; such runs are paused where rounds were going on")
+
         with suppress(RunNotFound, TimeoutError):  # it was deleted meanwhile
             async with asyncio.timeout(self._timing.follow_run_s):
-                return await engine.actor.call(engine.actor.pause_older)
-        return False
+                await engine.actor.call(look)
+
+    def _give_up(self, evidence: str) -> None:
+        """Has the server end, once, because the database is older than it was."""
+        known = "the database is older than it was, and what this server knows of it is of no use any more"
+        if self._background.fault is None:
+            self._background.give_up(DatabaseUnavailable(f"{known}: {evidence}; start it again"))
 
     async def _follow_everything(self) -> None:
         db = self._store.db
         await self._look_at_runs(active=False)
+        if self._background.fault is not None:
+            return  # nor is anything else taken up of a database that is older: a revoked certificate would count again
         await self._take_up_clients(await self._store.read(db.clients))
         answers, known = await self._store.read(db.answers), self._runs.participation.answer
         await self._take_up_answers([a for a in answers if not _is_same(known(a.run, a.client), a)])

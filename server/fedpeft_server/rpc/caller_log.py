@@ -35,7 +35,7 @@ class CallerLog:
         self._metrics = metrics
         self._clock = clock
         self._refusals: Throttle[tuple[Party, str, str]] = Throttle(timing.refusal_quiet_s, clock)
-        self._faults: Throttle[str] = Throttle(timing.refusal_quiet_s, clock)
+        self._faults: Throttle[tuple[str, str]] = Throttle(timing.refusal_quiet_s, clock)
         self._buckets: OrderedDict[Party, TokenBucket] = OrderedDict()
         self._left_out: Counter[str] = Counter()
 
@@ -47,14 +47,16 @@ class CallerLog:
     def refused(self, error: FedpeftError) -> None:
         """Writes that the current call was refused, the same of the same caller once in a while.
 
-        A store that refuses is no caller's doing: it is an error, written once in a while for all callers together.
+        A database or store that refuses is no caller's doing, and callers are told no more than that: it is written
+        once in a while for all callers together.
         """
         call = CALL.get()
-        if isinstance(error, StoreUnavailable):
-            before = self._faults.suppressed(call.method)
+        if error.for_sites:
+            before = self._faults.suppressed((call.method, error.reason))
             if before is not None:
                 words = {"unsaid_before": before} if before else {}
-                log.error("a store refuses", method=call.method, message=error.message, **words)
+                say = log.error if isinstance(error, StoreUnavailable) else log.warning
+                say("the database or a store refuses", method=call.method, message=error.message, **words)
             return
         again = self._repetition(call, error.reason)
         if again is not None:

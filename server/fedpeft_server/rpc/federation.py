@@ -47,7 +47,7 @@ from fedpeft_server.runs.progress import Report, State
 from fedpeft_server.runs.runs import Runs
 from fedpeft_server.runs.ticket_index import is_closed_elsewhere
 from fedpeft_server.store.blobs.download_cache import Encoded
-from fedpeft_server.store.rows import AnswerRow, ClientRow, FailedEvaluation, RunRow
+from fedpeft_server.store.rows import AnswerRow, ClientRow, FailedEvaluation, RunRow, for_sites
 from fedpeft_server.store.store import Store, file_key
 from fedpeft_server.traffic import ByteCounter
 from fedpeft_server.uploads.incoming import Context, first_header
@@ -263,7 +263,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         self._runs.progress.report(ticket.id, report)
         received = await self._uploads.received(ticket)
         answer = pb.GetUploadResponse(
-            state=TICKET_STATES[ticket.state], run_finished=not engine.active, reason=ticket.reason
+            state=TICKET_STATES[ticket.state], run_finished=not engine.active, reason=for_sites(ticket.reason)
         )
         if received:
             answer.committed_bytes = received.manifest.payload_bytes
@@ -374,7 +374,7 @@ class Federation(pb_grpc.FederationServiceServicer):
         engines = self._runs.all(request.run) if request.run else self._runs.active()
         left = [engine for engine in engines if engine.age > place]
         most, room = (pages.MOST, pages.PAGE_BYTES) if request.dry_run else (_LISTED, _LISTED_BYTES)
-        runs = pages.fitting((run_message(e.run, self._runs.why(e), {}) for e in left[:most]), room)
+        runs = pages.fitting((run_message(e.run.for_sites, self._runs.why(e), {}) for e in left[:most]), room)
         more = request.dry_run and len(runs) < len(left)
         token = pages.token(left[len(runs) - 1].age, of=of) if more else ""
         return pb.RegisterResponse(protocol=PROTOCOL, runs=runs, next_page_token=token)
@@ -469,7 +469,7 @@ def _check_protocol(request: pb.RegisterRequest) -> None:
 
 
 def _offer(engine: RunEngine) -> pb.AwaitRoundResponse:
-    return pb.AwaitRoundResponse(offer=pb.RunOffer(run=run_message(engine.run, "", {})))
+    return pb.AwaitRoundResponse(offer=pb.RunOffer(run=run_message(engine.run.for_sites, "", {})))
 
 
 def _task(engine: RunEngine, ticket: Ticket) -> pb.TrainingTask:

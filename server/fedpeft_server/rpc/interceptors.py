@@ -192,7 +192,7 @@ class _Boundary:
         if isinstance(status, Unauthenticated | PermissionDenied):
             await self._interceptor.audited(self._call, status, peer_of(self._context))
         if status:
-            await abort(self._context, status, for_operator=self._call.party.operates)
+            await abort(self._context, status, names_places=self._call.party.sees_places)
 
 
 def _domain_error(error: BaseException, call: Call, caller_log: CallerLog) -> FedpeftError | None:

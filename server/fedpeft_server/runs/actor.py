@@ -204,11 +204,10 @@ class RunActor:
             )
             event, status = Paused(reason), RunStatus(run.revision, run.state, run.reason, run.version, current)
             if changes := self.changes(status, event):
-                # At a revision that other servers have not seen either, or they would take theirs for this one.
-                after = replace(changes.after, revision=self.run.revision + 1)
-                said = _audit_events(changes, event, "", SERVER)
+                if changes.after.revision == self.run.revision:  # others would take what they know for this
+                    changes = replace(changes, after=replace(changes.after, revision=self.run.revision + 1))
+                paused = Transition(changes, audit_events=_audit_events(changes, event, "", SERVER))
                 with suppress(RevisionMoved):  # another server pauses it at this moment, or goes on with what there is
-                    paused = Transition(replace(changes, after=after), audit_events=said)
                     await self._store.transact(self._store.db.transit, paused)
                     self._log.error("run paused", reason=reason)
         return True

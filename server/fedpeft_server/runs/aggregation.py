@@ -14,7 +14,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,7 +29,6 @@ from fedpeft.errors import (
     FedpeftError,
     RunNotFound,
     StoreUnavailable,
-    VersionNotFound,
 )
 from fedpeft.privacy.accounting import BudgetSpent
 from fedpeft.privacy.round_privacy import round_privacy_of
@@ -52,17 +51,26 @@ from fedpeft_server.runs.round_log import RoundLog
 from fedpeft_server.sharing.fold_lease import FoldLease
 from fedpeft_server.store.blobs.integrity import Kind
 from fedpeft_server.store.refusals import store_refusals
-from fedpeft_server.store.rows import SERVER, FoldInputs, LeaseLost, Result, RunRow, Transition, UpdateRow, VersionRow
+from fedpeft_server.store.rows import (
+    FOUND,
+    SERVER,
+    FoldInputs,
+    LeaseLost,
+    Result,
+    RunRow,
+    Transition,
+    UpdateRow,
+    VersionRow,
+)
 from fedpeft_server.store.store import (
     Store,
     file_key,
     state_file_key,
-    state_prefix,
     sum_key,
     version_files,
-    version_prefix,
 )
 from fedpeft_server.timing import Timing
+from fedpeft_server.version_removal import UncommittedFiles
 
 log = structlog.get_logger()
 
@@ -174,7 +182,7 @@ def _opened(current: Round, received: Mapping[str, UpdateRow], store: Store, sta
         try:
             data = stack.enter_context(store.updates.open(ticket.id, row.manifest.sha256))
         except BlobCorrupt as error:
-            lost[ticket.id] = f"{LOST}: {error.message}"
+            lost[ticket.id] = f"{LOST}{FOUND}{error.message}"
             continue
         facts = ticket.id, ticket.client, row.examples, row.metrics, row.manifest, data, row.norm
         updates.append(Update(*facts, current.staleness(ticket)))
@@ -194,13 +202,6 @@ def _stored(version: VersionRow, store: Store, stack: ExitStack) -> tuple[Stored
         return Stored(path, version.sha256), None
     state = stack.enter_context(store.blobs.verified(state_file_key(version), version.state_sha256, Kind.STATE))
     return Stored(path, version.sha256), Stored(state, version.state_sha256)
-
-
-def forget_uncommitted(version: VersionRow, store: Store) -> None:
-    """Removes the files beside those of a version that is committed: of folds that came to others, and were not."""
-    store.blobs.keep_only(file_key(version), version_prefix(version.run, version.version))
-    if version.state_sha256:
-        store.blobs.keep_only(state_file_key(version), state_prefix(version.run, version.version))
 
 
 def go_back(
@@ -271,6 +272,8 @@ class Folding:
         self._timing = timing
         self._lease = FoldLease(actor.run.id, store, timing)
         self._task: asyncio.Task[None] | None = None
+        self._uncommitted = UncommittedFiles(actor.run.id, actor.tasks, store, background, timing)
+        self.forget_uncommitted = self._uncommitted.remove
         self._put_off = 0, ""
         self._due = False
         self._closing = False
@@ -294,8 +297,9 @@ class Folding:
             await asyncio.wait({self._task})
 
     def drain(self) -> None:
-        """Lets a fold at work finish; no other begins, and one that the database did not allow is not tried again."""
+        """Lets a fold at work finish; no other begins, and what could not be done is not tried again."""
         self._closing = True
+        self._uncommitted.drain()
 
     async def _fold(self) -> None:
         """Folds the round and commits it, once the database can be used; folding it twice gives the same bits."""
@@ -360,16 +364,6 @@ class Folding:
         if committed:  # a step of its own: the next round may be there to fold before all files of this one are gone
             self._background.watch("files", self._actor.tasks.start(self.forget(folding)))
 
-    def forget_uncommitted(self, number: int) -> None:
-        """Has the files of folds of a round removed that were not committed, if one was."""
-
-        async def forget() -> None:
-            with suppress(VersionNotFound, RunNotFound):  # it was stopped, or deleted
-                version = await self._store.transact(self._store.db.version, self._actor.run.id, number)
-                await self._store.fold(forget_uncommitted, version, self._store)
-
-        self._background.until_done("files", self._timing.files_retry_s, forget)
-
     async def _undo(self, number: int, result: Result) -> None:
         """Removes the files of a fold whose run was deleted meanwhile; one made anew may need the same."""
         run, made = self._actor.run.id, result.version
@@ -379,8 +373,10 @@ class Folding:
         try:
             if not await self._store.transact(self._store.db.states, [run]):
                 await self._store.fold(self._store.blobs.delete, keys)
-        except FedpeftError as error:  # nobody comes back to a run that is not there
-            self._log.error("files of a deleted run stay; remove them", files=keys, message=error.message)
+        except Exception as error:  # nobody comes back to a run that is not there
+            traced = None if isinstance(error, FedpeftError) else error
+            said = "files of a deleted run stay; remove them"
+            self._log.error(said, files=keys, message=str(error), exc_info=traced)
 
     async def _fold_round(self, folding: Round) -> Result:
         db = self._store.db
@@ -461,7 +457,7 @@ class Folding:
         message = error.message if isinstance(error, FedpeftError) else f"{type(error).__name__}: {error}"
         traced = None if isinstance(error, DiskFull | StoreUnavailable) else error
         self._log.error("aggregation failed", round=folding.number, message=message, exc_info=traced)
-        reason = f"round {folding.number} could not be folded: {message}; {_advice(error, self._actor.run)}"
+        reason = f"round {folding.number} could not be folded{FOUND}{message}; {_advice(error, self._actor.run)}"
         await self._actor.call(lambda: self._pause(folding, reason, epoch))
 
     async def _pause(self, folding: Round, reason: str, epoch: int) -> None:

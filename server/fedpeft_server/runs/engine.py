@@ -39,7 +39,7 @@ from fedpeft_server.runs.lobby import Lobby
 from fedpeft_server.runs.participation import Participation
 from fedpeft_server.runs.receipts import Receipt
 from fedpeft_server.runs.round_log import RoundLog
-from fedpeft_server.store.rows import SERVER, AuditEvent, RunRow, RunState, Transition, UpdateRow, VersionRow
+from fedpeft_server.store.rows import FOUND, SERVER, AuditEvent, RunRow, RunState, Transition, UpdateRow, VersionRow
 from fedpeft_server.store.store import NewVersion, Store
 from fedpeft_server.tasks import shielded
 from fedpeft_server.timing import Timing
@@ -282,7 +282,8 @@ class RunEngine:
     @shielded
     async def _note_corrupt(self, version: int, error: BlobCorrupt) -> None:
         if version == self.run.version and self.run.state is RunState.RUNNING:
-            reason = f"{error.message}; then resume the run" + (f", or {way_back(self.run)}" if version else "")
+            cure = "; then resume the run" + (f", or {way_back(self.run)}" if version else "")
+            reason = f"version {version} is not what was stored{FOUND}{error.message}{cure}"
             if await self.actor.call(lambda: self.actor.advance(events.Paused(reason))):
                 self._metrics.rounds.labels(self.run.id, "paused").inc()
             return

@@ -116,9 +116,14 @@ class Runs:
         self.matching.begin()
         self._background.every("progress", self._timing.progress_check_s, self._look_at_progress)
 
+    def drain(self) -> None:
+        """Ends waits for rounds, and has nothing folded, nor tried again, that is not under way."""
+        self.lobby.close()
+        for engine in self._engines.values():
+            engine.folding.drain()
+
     async def close(self) -> None:
         """Lets aggregations finish; the background's end sees to it that no new round opens."""
-        self.lobby.close()
         await self.tasks.wait()
         for engine in self._engines.values():
             await engine.close()
@@ -394,8 +399,7 @@ class Runs:
         facts = engine, now, len(self.matching.ready(run)), answers.declined_by(run), answers.awaited(run)
         if not for_operator:
             return self._reasons.of(*facts)
-        found = self.progress.awaited(engine, NAMED)
-        ill = {client: verdict.words for client, _, verdict in found if not verdict.is_well}
+        ill = {who: verdict.words for who, _, verdict in self.progress.awaited(engine, NAMED) if not verdict.is_well}
         return awaited(*facts, ill, for_operator=True)
 
     def note_removed(self, run_id: str, versions: Collection[int]) -> None:

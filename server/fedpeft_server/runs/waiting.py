@@ -39,9 +39,10 @@ def awaited(
         unanswered: Clients that have not answered its offer.
         ill: Of awaited clients that hang or are slow, what is known of them, those first that are worst; they are
             named before the others.
-        for_operator: True if it is told why a round cannot be folded, which may name places of the server.
+        for_operator: True if it is told what the server found, which may name its places.
     """
-    run, current, config = engine.run, engine.round, engine.run.config.rounds
+    run = engine.run if for_operator else engine.run.for_sites
+    current, config = engine.round, run.config.rounds
     if run.state is not RunState.RUNNING:
         return f"{run.id} is {run.state}" + (f": {run.reason}" if run.reason else "")
     if (version := engine.actor.status.awaited_version) is not None:

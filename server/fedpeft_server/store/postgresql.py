@@ -29,7 +29,7 @@ those of a row that refers to one which another session has deleted, or has adde
 
 
 def arguments(url: URL, timing: Timing) -> dict[str, Any]:
-    """Returns the arguments of a connection: its letters, and bounds of its waits, but those that the URL has."""
+    """Returns the arguments of a connection: its encoding, and bounds of its waits but those that the URL has."""
     busy_s, lost_s = round(timing.database_busy_s), round(timing.database_lost_s)
     pause_s = max(1, lost_s // (2 * _PROBES))
     defaults = {
@@ -87,16 +87,16 @@ def _ms(seconds: float) -> int:
 
 
 def check_encoding(connection: Connection, where: str) -> None:
-    """Refuses a database that cannot hold all letters: a name with one of the others would fail much later.
+    """Refuses a database that cannot hold all characters: a name with one of the others would fail much later.
 
     Raises:
         StateInvalid: If it is one.
     """
     encoding = connection.execute(text("SHOW server_encoding")).scalar_one()
-    if encoding != "UTF8":
+    if encoding not in ("UTF8", "SQL_ASCII"):  # which keeps whatever bytes it is given
         raise StateInvalid(
-            f"database {where} is encoded in {encoding}, which lacks most letters; make one with ENCODING 'UTF8' "
-            "(CREATE DATABASE ... TEMPLATE template0)"
+            f"database {where} is encoded in {encoding}, which lacks most characters; dump it (pg_dump), and put it "
+            "back into one that was made with ENCODING 'UTF8' TEMPLATE template0"
         )
 
 

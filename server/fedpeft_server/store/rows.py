@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -21,6 +21,14 @@ from fedpeft.rounds.state_machine import Round
 from fedpeft.rounds.tickets import Ticket
 from fedpeft.rounds.transitions import Changes
 from fedpeft.rounds.transitions import RunState as RunState
+
+FOUND = "; the server found: "
+"""Stands in the reason of a run or a ticket before what sites are not told: it names places of the server."""
+
+
+def for_sites(reason: str) -> str:
+    """Returns a reason as sites are told it."""
+    return reason.partition(FOUND)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,11 @@ class RunRow:
     request_digest: str = ""
     revision: int = 0
     relay: str = ""
+
+    @property
+    def for_sites(self) -> RunRow:
+        """The run as sites are told of it."""
+        return replace(self, reason=for_sites(self.reason)) if FOUND in self.reason else self
 
 
 class FileState(StrEnum):

@@ -53,6 +53,7 @@ class Transactions:
         # written is not known.
         self._head: AuditEntry | None = None
         self._seen: AuditEntry | None = None  # the newest that is known to have been there, for `went_back`
+        self._lacks_seen = False
         self.unavailable = False
         self.readers = readers(engine, READERS, timing)
         self._reading = threading.local()
@@ -174,16 +175,21 @@ class Transactions:
             return audit_queries.select_after(connection, number, most)
 
     def went_back(self) -> bool:
-        """Returns True if the newest entry of the audit log that was written here, or seen by this method, is gone.
+        """Returns True if an entry of the audit log that was written here, or seen by this method, is gone.
 
         Entries are added and never changed, so the database is then older than it was.
         """
         with self.read() as connection:
-            seen = self._seen
-            if seen is not None and audit_queries.select_after(connection, seen.number - 1, 1) != [seen]:
-                return True
-            self._seen = audit_queries.select_last(connection)
-        return False
+            newest = audit_queries.select_last(connection)
+            self._look_for_seen(connection, newest)
+        self._seen = newest
+        return self._lacks_seen
+
+    def _look_for_seen(self, connection: Connection, newest: AuditEntry | None) -> None:
+        """Notes that the entry which was seen last is gone; `newest` is the one that is the newest now."""
+        seen = self._seen
+        if seen is not None and newest != seen:
+            self._lacks_seen |= audit_queries.select_after(connection, seen.number - 1, 1) != [seen]
 
     def write(self, *events: AuditEvent) -> None:
         """Writes entries for what the database knows nothing else of."""
@@ -226,6 +232,8 @@ class Transactions:
         audit_queries.lock(connection)
         previous = None if self.notices.are_heard else self._head
         previous = previous or audit_queries.select_last(connection)
+        if self.notices.are_heard:  # now, for afterwards the entry that is added here is the newest that was seen
+            self._look_for_seen(connection, previous)
         entry = audit.entry(previous, self.clock.time(), event.actor, event.action, event.object, event.details)
         try:
             audit_queries.insert_entry(connection, entry)

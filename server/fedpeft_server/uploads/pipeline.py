@@ -38,7 +38,7 @@ from fedpeft.v1 import federation_service_pb2 as pb
 from fedpeft_server.access.call import actor
 from fedpeft_server.access.untrusted_text import MAX_EXAMPLES
 from fedpeft_server.runs.engine import RunEngine
-from fedpeft_server.store.rows import RunRow, UpdateRow
+from fedpeft_server.store.rows import RunRow, UpdateRow, for_sites
 from fedpeft_server.store.spool_writer import SpoolWriter
 from fedpeft_server.store.store import Store
 from fedpeft_server.tasks import TaskSet, ended
@@ -342,7 +342,7 @@ def _admit(engine: RunEngine, ticket: Ticket) -> None:
         raise UpdateExcluded(f"the update of ticket {ticket.id} was not folded: {ticket.reason.partition(': ')[2]}")
     ticket.check_not_closed()
     if not _is_open(engine, ticket):
-        why = f": {ticket.reason}" if ticket.state is TicketState.LATE else ""
+        why = f": {for_sites(ticket.reason)}" if ticket.state is TicketState.LATE else ""
         raise RoundClosed(f"the round of ticket {ticket.id} has closed{why}; keep the update for the next round")
 
 

@@ -108,3 +108,30 @@ async def test_what_others_lose_is_seen_by_who_has_seen_it(
     await asyncio.to_thread(other.transactions.write, AuditEvent("operator", "tried", "another"))
     other.close()
     assert "audit log" in await end_of(daemon)
+
+
+async def test_what_is_written_after_the_backup_was_put_back_hides_nothing(
+    start: StartDaemon, tmp_path: Path, migrated_postgresql_url: str, backup: Callable[[], Callable[[], None]]
+) -> None:
+    daemon = await start(tmp_path / "data", database=migrated_postgresql_url)
+    put_back, store = backup(), daemon.server.store
+    await store.transact(store.db.identities.revoke, LOST, time.time(), "stolen", "operator", unseen=True)
+    put_back()  # in the event loop's own thread: nothing is looked at before the entry is there
+    await store.transact(store.db.transactions.write, AuditEvent("server", "call.refused", "lost"))
+    assert "audit log" in await end_of(daemon)
+
+
+async def test_nothing_is_taken_up_of_an_older_database(
+    start: StartDaemon, tmp_path: Path, migrated_postgresql_url: str, backup: Callable[[], Callable[[], None]]
+) -> None:
+    daemon = await start(tmp_path / "data", database=migrated_postgresql_url)
+    store, now = daemon.server.store, time.time()
+    await store.transact(store.db.identities.revoke, LOST, now - 9, "lost", "operator", unseen=True)
+    await store.transact(store.db.identities.restore, LOST, now - 8, "operator")
+    put_back = backup()
+    await store.transact(store.db.identities.revoke, LOST, now, "stolen", "operator", unseen=True)
+    daemon.server.admission.revoke(LOST)
+    put_back()
+    daemon.server.follower.began()
+    await end_of(daemon)
+    assert daemon.server.admission.is_refused(LOST)

@@ -13,6 +13,7 @@ import pytest
 
 from fedpeft.errors import BlobCorrupt
 from fedpeft.rounds.state_machine import ticket_id
+from fedpeft.v1 import federation_service_pb2 as fed
 from fedpeft.v1 import operator_service_pb2 as op
 from fedpeft.v1 import run_pb2
 from fedpeft_server.store.blobs import integrity
@@ -98,9 +99,9 @@ class TestUpdates:
         assert (again.ticket, again.seed, again.version) == (task.ticket, task.seed, task.version)
         standing = await alice.upload(task.ticket)
         assert standing.state == ISSUED and standing.committed_bytes == 0
-        assert standing.reason.startswith("the server lost the update: ")
+        assert standing.reason == "the server lost the update", "a site is told no place of the server"
         (lost,) = await audited(daemon, "update.lost")
-        assert (lost["client"], lost["ticket"]) == ("alice", task.ticket)
+        assert (lost["client"], lost["ticket"]) == ("alice", task.ticket) and str(folder(daemon)) in lost["reason"]
         assert corrupt_files(daemon, "update") == 1
         aside = list((folder(daemon) / "spool").glob(f"*.{integrity.SUFFIX}"))
         assert len(aside) == (damage is not remove)
@@ -169,6 +170,12 @@ class TestVersions:
         assert error.message == BlobCorrupt.for_sites
         found = await daemon.run(run)
         assert found.state == PAUSED
+        told = (
+            (await alice.register()).runs,
+            await alice.stub.AwaitRound(fed.AwaitRoundRequest(), metadata=alice.metadata),
+        )
+        assert "is not what was stored" in str(told) and str(folder(daemon)) not in str(told)
+        assert version_key(run, 1) not in str(told)
         assert (
             version_key(run, 1) in found.reason
             and "from a backup; then resume the run, or roll the run back" in found.reason
@@ -200,7 +207,7 @@ class TestVersions:
         damage(path)
         await alice.push((await alice.task(run)).ticket, filled(0.5))
         found = await daemon.until(run, lambda found: found.state == PAUSED)
-        assert found.reason.startswith("round 2 could not be folded: ") and key in found.reason
+        assert found.reason.startswith("round 2 could not be folded; the server found: ") and key in found.reason
         assert "then resume the run, or roll the run back" in found.reason
         assert corrupt_files(daemon, kind) == 1
         path.write_bytes(good)

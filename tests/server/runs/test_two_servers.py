@@ -200,6 +200,19 @@ async def test_two_servers_pause_a_run_at_once_that_went_back(
     await one.close()
 
 
+async def test_every_server_finds_out_that_a_run_went_back(cluster: Cluster) -> None:
+    run = (await cluster.create()).id
+    one, two = [await Server.of(store, run) for store in cluster.stores]
+    await one.offer("ab")
+    await one.receive("a", 1)
+    await two.engine.refresh()
+    with cluster.database.transactions.begin() as connection:
+        connection.exec_driver_sql("UPDATE runs SET revision = revision - 2")
+    for server in (one, two, two):
+        assert await server.engine.actor.call(server.engine.actor.pause_older)
+    await asyncio.gather(one.close(), two.close())
+
+
 async def test_a_run_that_went_back_by_one_step_is_paused_for_every_server(cluster: Cluster) -> None:
     run = (await cluster.create()).id
     one, two = [await Server.of(store, run) for store in cluster.stores]

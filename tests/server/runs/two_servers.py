@@ -133,8 +133,9 @@ class Server:
             await self.engine.actor.tasks.wait()
 
     async def close(self) -> None:
+        self.engine.folding.drain()
+        await self.background.close()  # in the order of the daemon
         await self.engine.close()
-        await self.background.close()
         assert not self.faults, "no background work may end the server"
 
     def ticket(self, client: str, number: int) -> str:

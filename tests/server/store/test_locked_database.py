@@ -110,6 +110,24 @@ async def test_a_fold_that_is_put_off_says_why(start: StartDaemon, monkeypatch: 
     await daemon.until(run, lambda r: r.version == 1)
 
 
+@pytest.mark.timed(database_busy_s=0.3, fold_retry_s=0.05)
+async def test_a_fold_that_is_put_off_holds_up_no_end(start: StartDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refused(*_: object) -> None:
+        tried.set()
+        raise DatabaseLocked("another program has it")
+
+    tried = asyncio.Event()
+    monkeypatch.setattr(aggregation.Folding, "_fold_round", refused)
+    daemon = await start()
+    await daemon.create(config(rounds={"count": 1, "clients": 1}))
+    (a,) = await daemon.clients("a")
+    await a.push((await a.task()).ticket, filled(1.0))
+    async with asyncio.timeout(10):
+        await tried.wait()
+        await daemon.end()
+    assert daemon.server.background.fault is None
+
+
 async def test_a_call_waits_for_a_lock_that_goes(start: StartDaemon) -> None:
     daemon = await start()
     with locked(daemon.server.settings.data_dir, "IMMEDIATE"):

@@ -20,7 +20,7 @@ from fedpeft_server.timing import Timing
 
 from ..conftest import StartDaemon, config, fault, filled
 
-REFUSES = "a store refuses"
+REFUSES = "the database or a store refuses"
 AWAY = "a store cannot be written; uploads that need it wait until it can"
 
 

@@ -22,32 +22,32 @@ from fedpeft_server.timing import TIMING
 
 from ..rows import RUN, run_row, version_row
 
-OTHER_LETTERS = "größer als Ω, 大 and 🙂"
+CHARACTERS = "größer als Ω, 大 and 🙂"
 SHORT = replace(TIMING, database_busy_s=1.0, database_lost_s=2.0, database_idle_s=1.0)
 
 
-def test_letters_are_kept_whatever_encoding_connections_are_given(
+def test_characters_are_kept_whatever_encoding_connections_are_given(
     postgresql_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
     database = Database.open(postgresql_url, TIMING)
-    events = [AuditEvent(OTHER_LETTERS, "tried", f"{number}") for number in range(3)]
+    events = [AuditEvent(CHARACTERS, "tried", f"{number}") for number in range(3)]
     database.transactions.write(*events)
     database.create_run(run_row(), version_row(0))
-    database.put_answers([AnswerRow(RUN, f"c{number}", False, (OTHER_LETTERS,)) for number in range(3)])
-    assert [entry.actor for entry in database.transactions.entries_after(0, 9)] == [OTHER_LETTERS] * 3
-    assert [answer.reasons for answer in database.answers()] == [(OTHER_LETTERS,)] * 3
+    database.put_answers([AnswerRow(RUN, f"c{number}", False, (CHARACTERS,)) for number in range(3)])
+    assert [entry.actor for entry in database.transactions.entries_after(0, 9)] == [CHARACTERS] * 3
+    assert [answer.reasons for answer in database.answers()] == [(CHARACTERS,)] * 3
     database.close()
 
 
-def test_a_database_that_cannot_hold_all_letters_is_refused(postgresql_url: str) -> None:
+def test_a_database_that_cannot_hold_all_characters_is_refused(postgresql_url: str) -> None:
     engine = create_engine(make_url(postgresql_url).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     name = f"{engine.url.database}_latin1"
     with engine.connect() as admin:
         admin.execute(text(f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"))
     engine.dispose()
     latin1 = make_url(postgresql_url).set(database=name).render_as_string()
-    with pytest.raises(StateInvalid, match=r"is encoded in LATIN1, .* make one with ENCODING 'UTF8'"):
+    with pytest.raises(StateInvalid, match=r"is encoded in LATIN1, .* made with ENCODING 'UTF8'"):
         Database.open(latin1, TIMING)
 
 

