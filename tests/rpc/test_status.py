@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 
 from fedpeft import errors
 from fedpeft.errors import FedpeftError
-from fedpeft.rpc.status import MAX_MESSAGE, abort, from_rpc_error
+from fedpeft.rpc.status import MAX_MESSAGE, abort, from_rpc_error, to_status
 
 Read = Callable[[status_pb2.Status | FedpeftError], Awaitable[FedpeftError]]
 
