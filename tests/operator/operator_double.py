@@ -130,11 +130,11 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
     async def _enter(self, name: str, context: Any) -> None:
         self.asked.append(name)
         if self.failures.get(name):
-            await abort(context, self.failures[name].pop(0))
+            await abort(context, self.failures[name].pop(0), names_places=True)
 
     async def _find(self, run: str, context: Any) -> run_pb2.Run:
         if run not in self.runs:
-            await abort(context, RunNotFound(f"there is no run {run}"))
+            await abort(context, RunNotFound(f"there is no run {run}"), names_places=True)
         return self.runs[run]
 
     async def CreateRun(
@@ -162,7 +162,7 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
             data += request.chunk.data
         assert header is not None
         if hashlib.sha256(data).digest() != header.manifest.sha256:
-            await abort(context, ChecksumMismatch("the payload does not have the manifest's digest"))
+            await abort(context, ChecksumMismatch("the payload does not have the manifest's digest"), names_places=True)
         return header, data
 
     async def SupplyVersion(
@@ -172,7 +172,7 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         header, data = await self._uploaded(request_iterator, context)
         run = await self._find(header.run, context)
         if header.version < run.version:
-            await abort(context, VersionSuperseded(f"{run.id} has version {run.version} by now"))
+            await abort(context, VersionSuperseded(f"{run.id} has version {run.version} by now"), names_places=True)
         self.supplied.append((header, data))
         run.version = header.version
         if run.version >= run.config.rounds.count:
@@ -182,7 +182,7 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
     async def DownloadSum(self, request: pb.DownloadSumRequest, context: Any) -> AsyncIterator[pb.DownloadSumResponse]:
         await self._enter("DownloadSum", context)
         if (request.run, request.round) not in self.sums:
-            await abort(context, SumNotFound(f"{request.run} has no sum of round {request.round}"))
+            await abort(context, SumNotFound(f"{request.run} has no sum of round {request.round}"), names_places=True)
         header, data = self.sums[request.run, request.round]
         yield pb.DownloadSumResponse(header=header)
         async for chunk in self._chunks(data, request.offset, context):
@@ -192,7 +192,7 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         limit = self.break_download_after.pop(0) if self.break_download_after else len(data)
         for start in range(offset, len(data), CHUNK):
             if start >= limit:
-                await abort(context, self.break_with)
+                await abort(context, self.break_with, names_places=True)
             yield tensor_pb2.Chunk(offset=start, data=data[start : start + CHUNK])
 
     async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.GetRunResponse:
@@ -235,7 +235,7 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         while self.script:
             step = self.script.pop(0)
             if isinstance(step, FedpeftError):
-                await abort(context, step)
+                await abort(context, step, names_places=True)
             elif isinstance(step, float):
                 await asyncio.sleep(step)
             else:
@@ -256,14 +256,14 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
     async def _steer(self, run: str, state: run_pb2.RunState.ValueType, reason: str, context: Any) -> run_pb2.Run:
         found = await self._find(run, context)
         if found.state == run_pb2.RUN_STATE_COMPLETED:
-            await abort(context, RunFinished(f"{run} is completed"))
+            await abort(context, RunFinished(f"{run} is completed"), names_places=True)
         found.state, found.reason = state, reason
         return found
 
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Any) -> pb.DeleteRunResponse:
         run = await self._find(request.run, context)
         if run.state not in (run_pb2.RUN_STATE_COMPLETED, run_pb2.RUN_STATE_STOPPED):
-            await abort(context, RunNotFinished(f"{run.id} is running; stop it first"))
+            await abort(context, RunNotFinished(f"{run.id} is running; stop it first"), names_places=True)
         del self.runs[run.id]
         return pb.DeleteRunResponse()
 
@@ -274,10 +274,10 @@ class Double(operator_service_pb2_grpc.OperatorServiceServicer):
         run = await self._find(request.run, context)
         version = request.version if request.HasField("version") else run.version
         if (run.id, version) not in self.files:
-            await abort(context, VersionNotFound(f"{run.id} has no version {version}"))
+            await abort(context, VersionNotFound(f"{run.id} has no version {version}"), names_places=True)
         data = self.files[run.id, version]
         if request.offset > len(data):
-            await abort(context, OffsetOutOfRange(f"the file has {len(data)} bytes"))
+            await abort(context, OffsetOutOfRange(f"the file has {len(data)} bytes"), names_places=True)
         digest = hashlib.sha256(data + b"x" * self.corrupt).digest()
         header = pb.DownloadHeader(version=version, size_bytes=len(data), sha256=digest)
         yield pb.DownloadAdapterResponse(header=header)

@@ -107,7 +107,7 @@ def test_a_world_of_buffered_rounds_with_a_disk_that_rots_is_replayed_to_the_bit
     """An update that is asked for again counts once, in the version that it comes in time for."""
     outcome = hold(f"buffered rot {seed}")
     assert outcome.faults == [], told(outcome)
-    assert seed != 1 or outcome.rotten > 0
+    assert seed != 2 or outcome.rotten > 0
 
 
 @pytest.mark.parametrize("how", ["", " power"], ids=["kill", "power failure"])

@@ -224,8 +224,10 @@ async def test_a_server_without_room_is_waited_for_by_whatever_call(site: Site) 
         assert await site.pusher.push(site.pending(), site.log) is Outcome.COUNTED
     assert site.federation.registrations == 1 and len(site.federation.pushes) == 3
     full = [line["cause"] for line in lines if line["event"].startswith("the server's disk is full; retrying")]
-    assert full == ["the server's disk is full: no room"] * 2
-    assert [line["cause"] for line in lines if line["event"].startswith("server is unavailable")] == ["read-only"]
+    assert full == [f"the server's disk is full: {DiskFull.for_sites}"] * 2
+    assert [line["cause"] for line in lines if line["event"].startswith("server is unavailable")] == [
+        StoreUnavailable.for_sites
+    ]
 
 
 @pytest.fixture

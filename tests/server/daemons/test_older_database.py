@@ -128,6 +128,7 @@ async def test_nothing_is_taken_up_of_an_older_database(
     store, now = daemon.server.store, time.time()
     await store.transact(store.db.identities.revoke, LOST, now - 9, "lost", "operator", unseen=True)
     await store.transact(store.db.identities.restore, LOST, now - 8, "operator")
+    await daemon.server.follower._follow_everything()  # as it does once it listens: that is over then
     put_back = backup()
     await store.transact(store.db.identities.revoke, LOST, now, "stolen", "operator", unseen=True)
     daemon.server.admission.revoke(LOST)
